@@ -1,0 +1,229 @@
+"""Rebuild the PTX images from cuda/src with NVRTC from the package index; no CUDA toolkit is needed.
+
+usage: python cuda/build.py            compile, write cuda/ptx/*.ptx, manifest.toml and images.rs
+       python cuda/build.py --check    compile and assemble, write nothing, fail on any difference
+
+Every image is compiled from the repository's root with relative names, so that the text is the same on every machine. Its
+``.version`` line is lowered to the oldest PTX that has all its instructions; an assembler of that level (ptxas 12.0)
+proves it, one of CUDA 13 assembles it for every GPU generation it is to serve and counts registers and spills, which may
+not grow beyond what the manifest says. The compilers are installed into ``.build/cuda`` at first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / ".build" / "cuda"
+PTX = Path("cuda/ptx")
+
+# Compilers by folder: the wheels that are unpacked into it.
+WHEELS = {
+    "nvrtc": ["nvidia-cuda-nvrtc-cu12==12.4.127"],
+    "ptxas-12.0": ["nvidia-cuda-nvcc-cu12==12.0.140"],
+    "ptxas-13.0": ["nvidia-cuda-nvcc==13.0.88"],
+}
+NVRTC = "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"
+PTXAS = {"ptxas-12.0": "nvidia/cuda_nvcc/bin/ptxas", "ptxas-13.0": "nvidia/cu13/bin/ptxas"}
+
+# The oldest driver branch that loads a PTX version.
+DRIVERS = {"7.8": 520, "8.0": 525}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A source and the virtual architectures that it is compiled for."""
+
+    name: str
+    source: str
+    capabilities: tuple[int, ...]
+    defines: dict[str, str] = field(default_factory=dict)
+    ptx_version: str = "8.0"
+
+
+FAMILIES = [
+    Family("four_bit", "four_bit.cu", (75, 80)),
+    Family("four_bit_simt", "four_bit_simt.cu", (75, 80)),
+    Family("four_bit_mma_bf16", "four_bit_mma.cu", (80, 90), {"ELEMENT": "Bf16"}),
+    Family("four_bit_mma_f16", "four_bit_mma.cu", (80, 90), {"ELEMENT": "F16"}),
+    Family("eight_bit", "eight_bit.cu", (75, 80)),
+]
+
+# GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.
+SERVES = {75: (75,), 80: (80, 86, 89, 90, 100, 120), 90: (90, 100, 120)}
+
+
+def install(tool: str) -> Path:
+    """Unpack a compiler's wheels, once; the folder's name holds their versions."""
+    wheels = WHEELS[tool]
+    folder = TOOLS / "_".join(wheel.replace("==", "-") for wheel in wheels)
+    if not folder.exists():
+        staging = folder.with_suffix(".part")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(staging), *wheels]
+        subprocess.run(command, check=True)
+        staging.rename(folder)
+    return folder
+
+
+class Nvrtc:
+    """The few NVRTC calls that make PTX of a source."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(str(install("nvrtc") / NVRTC))
+        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+
+    def _call(self, name: str, *arguments: object) -> int:
+        return int(getattr(self.library, name)(*arguments))
+
+    def compile(self, family: Family, capability: int) -> str:
+        """PTX text of a family for compute_<capability>, its version lowered."""
+        source = Path("cuda/src") / family.source
+        program = ctypes.c_void_p()
+        text = (ROOT / source).read_bytes()
+        self._call("nvrtcCreateProgram", ctypes.byref(program), text, str(source).encode(), 0, None, None)
+        options = [f"--gpu-architecture=compute_{capability}", "--std=c++17", "-default-device"]
+        options += [f"-I{ROOT / 'cuda' / 'include'}", *(f"-D{key}={value}" for key, value in family.defines.items())]
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = self._call("nvrtcCompileProgram", program, len(options), array)
+        log = self._text(program, "Log")
+        if status != 0 or "warning" in log:
+            message = self.library.nvrtcGetErrorString(status).decode()
+            raise SystemExit(f"{source} for compute_{capability}: {message}\n{log}")
+        ptx = self._text(program, "PTX").rstrip("\0")
+        self._call("nvrtcDestroyProgram", ctypes.byref(program))
+        if str(ROOT) in ptx:
+            raise SystemExit(f"{source}: a path of this machine got into the PTX")
+        return re.sub(r"(?m)^\.version .*$", f".version {family.ptx_version}", ptx, count=1)
+
+    def _text(self, program: ctypes.c_void_p, what: str) -> str:
+        size = ctypes.c_size_t()
+        prefix = "nvrtcGetProgramLog" if what == "Log" else "nvrtcGetPTX"
+        self._call(prefix + "Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._call(prefix, program, buffer)
+        return buffer.value.decode()
+
+
+def sources(path: Path, seen: set[Path]) -> set[Path]:
+    """A source and every header of ours that it includes, relative to the root."""
+    if path not in seen:
+        seen.add(path)
+        for name in re.findall(r'#include "([^"]+)"', (ROOT / path).read_text(encoding="utf-8")):
+            sources(Path("cuda/include") / name, seen)
+    return seen
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def entries(ptx: str) -> dict[str, int]:
+    """Kernels of an image and their number of parameters."""
+    found = re.findall(r"\.visible \.entry (\w+)\((.*?)\)", ptx, flags=re.DOTALL)
+    return {name: parameters.count(".param") for name, parameters in found}
+
+
+def assemble(tool: str, ptx: str, sm: int) -> dict[str, tuple[int, int]]:
+    """Registers and bytes of spill stores of every kernel, as ptxas -v says."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "image.ptx"
+        source.write_text(ptx, encoding="utf-8")
+        binary = install(tool) / PTXAS[tool]
+        binary.chmod(0o755)
+        command = [str(binary), "-v", f"-arch=sm_{sm}", "-o", f"{folder}/image.cubin", str(source)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SystemExit(f"{tool} for sm_{sm}: {result.stdout}{result.stderr}")
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    return {name: (int(used), int(spill)) for name, spill, used in re.findall(pattern, result.stderr, flags=re.DOTALL)}
+
+
+def build() -> tuple[dict[str, str], dict[str, dict[str, tuple[int, int]]]]:
+    """All generated files by name, and for each image the most registers and spills of its kernels over its GPUs."""
+    nvrtc = Nvrtc()
+    files: dict[str, str] = {}
+    resources: dict[str, dict[str, tuple[int, int]]] = {}
+    manifest = ["# Written by cuda/build.py. Hashes are SHA-256; `kernels` is [parameters, most registers, most spill bytes]."]
+    manifest += [f'compiler = "{WHEELS["nvrtc"][0]}"', 'flags = "--std=c++17 -default-device"']
+    images = []
+    for family in FAMILIES:
+        for capability in family.capabilities:
+            name = f"{family.name}.compute_{capability}.ptx"
+            ptx = nvrtc.compile(family, capability)
+            files[name] = ptx
+            most: dict[str, tuple[int, int]] = {}
+            for sm in SERVES[capability]:
+                if sm <= 90:
+                    assemble("ptxas-12.0", ptx, sm)
+                for kernel, (used, spill) in assemble("ptxas-13.0", ptx, sm).items():
+                    before = most.get(kernel, (0, 0))
+                    most[kernel] = (max(used, before[0]), max(spill, before[1]))
+            resources[name] = most
+            manifest += ["", "[[image]]", f'file = "{name}"', f'family = "{family.name}"', f"capability = {capability}"]
+            manifest += [f'ptx_version = "{family.ptx_version}"', f"oldest_driver = {DRIVERS[family.ptx_version]}"]
+            manifest += [f'sha256 = "{digest(ptx.encode())}"', "[image.sources]"]
+            for path in sorted(sources(Path("cuda/src") / family.source, set())):
+                manifest.append(f'"{path}" = "{digest((ROOT / path).read_bytes())}"')
+            manifest.append("[image.kernels]")
+            for kernel, parameters in sorted(entries(ptx).items()):
+                manifest.append(f"{kernel} = [{parameters}, {most[kernel][0]}, {most[kernel][1]}]")
+            images.append(
+                f'    Image {{\n        family: "{family.name}",\n        capability: {capability},\n        specific: false,\n'
+                f'        ptx_version: "{family.ptx_version}",\n        ptx: concat!(include_str!("{name}"), "\\0"),\n    }},\n'
+            )
+    files["manifest.toml"] = "\n".join(manifest) + "\n"
+    files["images.rs"] = (
+        "// Written by cuda/build.py: every image under cuda/ptx.\n\n/// All images, families together, oldest architecture first.\n"
+        "pub static IMAGES: &[Image] = &[\n" + "".join(images) + "];\n"
+    )
+    return files, resources
+
+
+def committed_resources() -> dict[str, dict[str, list[int]]]:
+    """What the manifest in the tree says of registers and spills."""
+    path = ROOT / PTX / "manifest.toml"
+    if not path.exists():
+        return {}
+    return {image["file"]: image["kernels"] for image in tomllib.loads(path.read_text(encoding="utf-8"))["image"]}
+
+
+def main() -> None:
+    """Build or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the tree differs")
+    arguments = parser.parse_args()
+    before = committed_resources()
+    files, resources = build()
+    for image, kernels in resources.items():
+        for kernel, (used, spill) in kernels.items():
+            note = f"  was {before[image][kernel][1:]}" if before.get(image, {}).get(kernel, [0, used, spill])[1:] != [used, spill] else ""
+            print(f"{image:42} {kernel:36} {used:4} registers {spill:5} spilled{note}")
+    folder = ROOT / PTX
+    if arguments.check:
+        stale = [n for n, text in files.items() if not (folder / n).exists() or (folder / n).read_text(encoding="utf-8") != text]
+        extra = sorted({p.name for p in folder.iterdir()} - set(files))
+        if stale or extra:
+            raise SystemExit(f"out of date: {stale}; not built from any source: {extra}. Run python cuda/build.py")
+        print(f"{len(files)} files are as built, {sum(len(t) for t in files.values()) // 1024} KiB")
+        return
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in files:
+            path.unlink()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    print(f"wrote {len(files)} files, {sum(len(t) for t in files.values()) // 1024} KiB")
+
+
+if __name__ == "__main__":
+    main()

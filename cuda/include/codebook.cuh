@@ -1,0 +1,75 @@
+// The 4-bit codes on the device. `kind` is 0 for NF4 and 1 for FP4, as in rust/halfbyte/src/four_bit/cuda.rs.
+#pragma once
+#include "common.cuh"
+
+constexpr u32 NF4 = 0;
+
+// Values in code order.
+__constant__ float CODE_VALUES[2][16] = {
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+     -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {0.0f, 0.0625f / 12, 8.f / 12, 1.0f, 4.f / 12, 6.f / 12, 2.f / 12, 3.f / 12,
+     -0.0f, -0.0625f / 12, -8.f / 12, -1.0f, -4.f / 12, -6.f / 12, -2.f / 12, -3.f / 12}};
+
+// Codes by rising value. Of FP4's two zeros the negative one stands first: on the GPU the sign of zero is the sign of x.
+__constant__ u8 CODE_BY_VALUE[2][16] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+                                        {11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3}};
+
+// The fp32 table lookup: value of code q for this lane at table[q * 32 + lane], one copy a bank, so that 32 lanes with 32
+// different codes never collide. 2 KB.
+struct ValueTable {
+    float* words;
+    static constexpr u32 SIZE = 16 * WARP;
+    DEVICE void fill(u32 kind) const {
+        for (u32 i = threadIdx.x; i < SIZE; i += blockDim.x) words[i] = CODE_VALUES[kind][i / WARP];
+    }
+    // Weight i (0..7) of the four packed bytes `word`: byte i/2, the even weight in the high nibble.
+    template <int I> DEVICE float get(u32 word, u32 lane) const {
+        constexpr int SHIFT = (I / 2) * 8 + (I % 2 ? 0 : 4);  // where the nibble begins
+        u32 at = SHIFT >= 7 ? word >> (SHIFT - 7) : word << (7 - SHIFT);
+        return *reinterpret_cast<const float*>(reinterpret_cast<const u8*>(words) + ((at & 0x780u) | lane * 4));
+    }
+    DEVICE void decode(u32 word, u32 lane, float (&v)[8]) const {
+        v[0] = get<0>(word, lane), v[1] = get<1>(word, lane), v[2] = get<2>(word, lane), v[3] = get<3>(word, lane);
+        v[4] = get<4>(word, lane), v[5] = get<5>(word, lane), v[6] = get<6>(word, lane), v[7] = get<7>(word, lane);
+    }
+};
+
+// The code of x̂ in [−1, 1]. Decision points of both codes are more than 1/16 apart on each side of zero, so that each of 32
+// buckets of that width holds at most one: an entry is {point, code at or below it, code above it}. 33 entries (x̂ = 1 is
+// the last), 16 copies, so that the half-warps of an 8-byte load have no bank conflict. 4.1 KB.
+struct EncodeTable {
+    uint2* entries;
+    static constexpr u32 BUCKETS = 33, COPIES = 16, SIZE = BUCKETS * COPIES;
+
+    // Rising in x̂, and the same function for points and for values: that is all that correctness needs.
+    static DEVICE u32 bucket(float x) { return u32(__float2int_rd(fmaf(x, 16.f, 16.f))); }
+
+    // A value goes up when it is above the point. For FP4 the rule is on |x|, strictly: on the negative side a value on the
+    // point stays at the smaller magnitude, so the point moves down by one ulp there.
+    static DEVICE float point(u32 kind, u32 i) {
+        float p = (CODE_VALUES[kind][CODE_BY_VALUE[kind][i]] + CODE_VALUES[kind][CODE_BY_VALUE[kind][i + 1]]) / 2;
+        return kind != NF4 && p < 0 ? as_float(as_bits(p) + 1) : p;
+    }
+
+    DEVICE void fill(u32 kind) const {
+        for (u32 i = threadIdx.x; i < SIZE; i += blockDim.x) {
+            u32 at = i / COPIES, rank = 0;
+            float here = 2.f;  // above everything: no point in this bucket
+            for (u32 p = 0; p < 15; ++p) {
+                float t = point(kind, p);
+                // FP4's step between its zeros, at 0, is the border between buckets 15 and 16.
+                u32 b = t == 0.f ? 15 : bucket(t);
+                if (t == 0.f ? at > 15 : b < at) ++rank;
+                else if (b == at && t != 0.f) here = t;
+            }
+            u32 low = CODE_BY_VALUE[kind][rank], high = CODE_BY_VALUE[kind][rank < 15 ? rank + 1 : 15];
+            entries[i] = make_uint2(as_bits(here), low | high << 8);
+        }
+    }
+    DEVICE u32 encode(float x, u32 lane) const {
+        uint2 e = entries[bucket(x) * COPIES + (lane & (COPIES - 1))];
+        return x > as_float(e.x) ? e.y >> 8 : e.y & 0xff;
+    }
+};

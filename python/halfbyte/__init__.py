@@ -1,0 +1,33 @@
+"""4-bit and 8-bit quantization for PyTorch, with a Rust core.
+
+>>> import torch, halfbyte as hb
+>>> weight = torch.randn(32, 64)
+>>> packed, state = hb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+>>> hb.matmul_4bit(torch.randn(2, 64), packed, state).shape
+torch.Size([2, 32])
+
+Importing this package makes an absent ``bitsandbytes`` importable (``HALFBYTE_NO_DROPIN=1`` turns that off);
+:func:`replace_bitsandbytes` does it to an installed one.
+"""
+
+from halfbyte import _dropin, _native, errors, functional, nn, ops
+from halfbyte._dropin import replace_bitsandbytes
+from halfbyte._matmul import matmul_4bit
+from halfbyte._model import quantize_model
+from halfbyte.quant_state import QuantState
+
+__version__: str = _native.build_info()["version"]
+
+__all__ = [
+    "QuantState",
+    "__version__",
+    "errors",
+    "functional",
+    "matmul_4bit",
+    "nn",
+    "ops",
+    "quantize_model",
+    "replace_bitsandbytes",
+]
+
+_dropin.install()

@@ -1,0 +1,218 @@
+"""``matmul_4bit``: activations times a packed weight, eager, compiled, or with a gradient.
+
+The eager call without a gradient is on the path of every token that a model generates, so it reads each thing once,
+goes past torch's dispatcher straight into the Rust core, and leaves every check to it. Whatever the core refuses, and
+whatever needs more than the core does, takes the general way, which either works or raises an error that says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halfbyte import _native, ops
+from halfbyte._interop import giver_back, to_torch
+from halfbyte._tables import FLOAT_DTYPES, NESTED_BLOCKSIZE
+from halfbyte.errors import ArgumentError, DtypeError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from halfbyte.quant_state import QuantState
+
+# Bound here because each saves a look-up a call.
+_run = _native.matmul_4bit
+_set_num_threads = _native.set_num_threads
+_get_num_threads = torch.get_num_threads
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_dynamo_compiling
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+_plain = ops.PLAIN_TENSORS
+_most_rows_cuda = ops.CUDA_FUSED_MAX_M
+_most_rows_cpu = ops.CPU_FUSED_MAX_M
+
+
+def matmul_4bit(A: Any, B: Any, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None) -> Any:
+    """Multiply activations by a 4-bit weight: ``A @ W.T + bias``.
+
+    Parameters
+    ----------
+    A
+        Activations ``[..., K]``, fp32, fp16 or bf16. A NumPy array or another DLPack producer is accepted too, and its
+        library gets the result.
+    B
+        Packed weight as :func:`~halfbyte.functional.quantize_4bit` returns it, or its transpose ``B.t()``.
+    quant_state
+        Its state; ``quant_state.shape`` is ``[N, K]``.
+    out
+        Where to write the result, ``[..., N]`` of A's dtype. No gradient then.
+    bias
+        ``[N]``; cast to A's dtype if it has another.
+
+    Returns
+    -------
+    Tensor
+        ``[..., N]`` of A's dtype. Sums are fp32; fp32 activations are multiplied in true fp32. Under
+        :class:`torch.autocast`, A is cast first, as by :func:`torch.nn.functional.linear`.
+
+    Raises
+    ------
+    DtypeError, ShapeError, DeviceError, ArgumentError
+        If tensors do not fit together. Nothing is written then.
+
+    Notes
+    -----
+    Gradients reach `A` and `bias`. The weight has none; the packed bytes are what is saved for the backward pass, and
+    QLoRA's product with the dequantized weight (Dettmers et al. 2023, arXiv:2305.14314) is what it does.
+
+    A weight that was quantized transposed, ``[K, N]``, is multiplied as it was meant, with a DeprecationWarning.
+    """
+    if not (
+        _compiling()
+        or out is not None
+        or type(A) is not Tensor
+        or type(B) not in _plain
+        or (_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)))
+        or _any_autocast()
+        or _dispatch_modes()
+        or _functorch_active()
+        or _tracing_state() is not None
+        or not A.is_contiguous()
+    ):
+        result = _eager(A, B, quant_state, bias)
+        if result is not None:
+            return result
+    return _general(A, B, quant_state, out, bias)
+
+
+def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | None:
+    """Call the core; None if it will not do, before anything was written."""
+    try:
+        n, k = state.shape
+        *batch, inner = A.shape
+        if inner != k:  # the core knows K from A only
+            return None
+        rows = A.numel() // k
+        if A.is_cuda:
+            if rows > _most_rows_cuda:
+                return None
+        elif A.is_cpu and rows <= _most_rows_cpu:
+            _set_num_threads(_get_num_threads())
+        else:
+            return None
+        out = A.new_empty((*batch, n))
+        state2 = state.state2
+        if state2 is None or not state.nested:
+            _run(A, B, state.absmax, out, state.quant_type, state.blocksize, bias)
+        else:
+            _run(
+                A,
+                B,
+                state.absmax,
+                out,
+                state.quant_type,
+                state.blocksize,
+                bias,
+                state2.absmax,
+                state2.code,
+                state.offset,
+                state2.blocksize,
+            )
+    except (ArgumentError, AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return out
+
+
+def statistics(state: QuantState) -> tuple[Tensor, list[Any]]:
+    """Return absmax and the list of the four nested arguments of the ops, as the kernels want them.
+
+    Raises
+    ------
+    ArgumentError
+        If the state is incomplete.
+    """
+    absmax = state.absmax
+    if not state.nested or state.state2 is None:
+        return absmax, [None, None, None, NESTED_BLOCKSIZE]
+    nested = state.state2
+    if nested.code is None or nested.blocksize is None or state.offset is None:
+        raise ArgumentError("quant_state: nested, but without offset, state2.code or state2.blocksize")
+    # bitsandbytes takes an offset of any float dtype, and files read under another default dtype leave one.
+    offset = state.offset if state.offset.dtype == torch.float32 else state.offset.float()
+    return absmax, [nested.absmax, nested.code, offset, nested.blocksize]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what autocast would cast `x` to; None where it is off."""
+    if not _compiling() and not _any_autocast():
+        return None
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
+
+
+def _general(A: Any, B: Any, state: QuantState, out: Tensor | None, bias: Tensor | None) -> Any:
+    give_back = giver_back(A)
+    A, B = to_torch(A, "A"), to_torch(B, "B")
+    dtype = autocast_dtype(A)
+    if dtype is not None and A.dtype in FLOAT_DTYPES:
+        A = A.to(dtype)
+    return give_back(matmul_as_is(A, B, state, out, None if bias is None else to_torch(bias, "bias")))
+
+
+def matmul_as_is(A: Tensor, B: Tensor, state: QuantState, out: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Do what :func:`matmul_4bit` does, for torch tensors and with no regard to autocast."""
+    shape, blocksize, quant_type = state.shape, state.blocksize, state.quant_type
+    if shape is None or len(shape) != 2:
+        raise ShapeError(f"quant_state.shape: expected the [N, K] of a matrix, got {shape}")
+    if blocksize is None or quant_type is None:
+        raise ArgumentError(f"quant_state: expected a 4-bit state, got blocksize {blocksize}, quant_type {quant_type}")
+    n, k = shape
+    ops.check_device("A", A)
+    ops.check_dtype("A", A.dtype)
+    if bias is not None and bias.dtype != A.dtype:
+        bias = bias.to(A.dtype)
+    absmax, nested = statistics(state)
+    if A.dim() and A.shape[-1] == n != k:
+        warnings.warn(
+            f"matmul_4bit: the weight was quantized as its transpose, {[n, k]}, which fits A only that way round. "
+            "Re-quantize from the weight in [out_features, in_features] order.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        product = torch.ops.halfbyte.matmul_4bit_grad_input.default(
+            A, B, (n, k), absmax, blocksize, quant_type, *nested
+        )
+        return _written(product if bias is None else product + bias, out)
+    arguments: list[Any] = [A, B, (n, k), absmax, blocksize, quant_type, bias, *nested]
+    needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
+    if needs_grad or not ops.is_eager(A) or type(B) not in _plain:
+        return _written(torch.ops.halfbyte.matmul_4bit.default(*arguments), out)
+    if out is not None and _is_place_for(out, A, n):
+        arguments.append(out)
+    return _written(ops.run_matmul_4bit(*arguments), out)
+
+
+def _is_place_for(out: Tensor, A: Tensor, n: int) -> bool:
+    return (
+        type(out) in _plain
+        and out.shape == (*A.shape[:-1], n)
+        and out.dtype == A.dtype
+        and out.device == A.device
+        and out.is_contiguous()
+    )
+
+
+def _written(result: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return result
+    if out.shape != result.shape:
+        raise ShapeError(f"out: expected shape {list(result.shape)}, got {list(out.shape)}")
+    if out.dtype != result.dtype:
+        raise DtypeError(f"out: expected dtype {result.dtype}, got {out.dtype}")
+    return result if result is out else out.copy_(result)

@@ -1,0 +1,1 @@
+"""Where halfbyte meets other libraries, one module each. None is imported before its library is."""

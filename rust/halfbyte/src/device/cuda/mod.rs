@@ -1,0 +1,59 @@
+//! The CUDA driver: found at run time, used through the primary context that torch and everybody else uses.
+//!
+//! Nothing here allocates device memory, creates a stream or synchronizes. The caller's current context is left as it was.
+
+mod context;
+mod error;
+mod kernel;
+
+pub use context::{Device, device, device_count, driver_version};
+pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
+
+use std::ffi::c_void;
+
+/// A stream of a device, by raw handle: `CUstream` of any CUDA binding. The null handle is the legacy default stream.
+#[derive(Debug, Clone, Copy)]
+pub struct Stream {
+    /// The device, numbered as CUDA numbers visible devices.
+    pub device: i32,
+    /// The `CUstream`.
+    pub handle: *mut c_void,
+}
+
+/// The address of device memory.
+pub type Pointer = u64;
+
+/// Scales of a tensor's blocks in device memory; [`crate::layout::Absmax`] describes the two forms.
+#[derive(Debug, Clone, Copy)]
+pub enum Absmax {
+    /// One fp32 a block.
+    Plain(Pointer),
+    /// One `u8` code a block.
+    Nested {
+        /// `u8`, one a block.
+        codes: Pointer,
+        /// fp32, one for each `1 << log2_block` codes.
+        absmax: Pointer,
+        /// fp32 × 256.
+        map: Pointer,
+        /// fp32 × 1, in device memory too: reading it on the host would wait for the stream.
+        offset: Pointer,
+        /// Codes to a nested scale, as a power of two.
+        log2_block: u32,
+    },
+}
+
+impl Absmax {
+    /// The four pointers and the shift as kernels take them; the last three are null when plain.
+    pub(crate) fn parts(self) -> (Pointer, Pointer, Pointer, Pointer, u32) {
+        match self {
+            Self::Plain(absmax) => (absmax, 0, 0, 0, 0),
+            Self::Nested { codes, absmax, map, offset, log2_block } => (codes, absmax, map, offset, log2_block),
+        }
+    }
+
+    /// Whether the scales are nested.
+    pub fn is_nested(self) -> bool {
+        matches!(self, Self::Nested { .. })
+    }
+}

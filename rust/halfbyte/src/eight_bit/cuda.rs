@@ -1,0 +1,108 @@
+//! Blockwise 8-bit quantization on CUDA.
+
+use crate::device::cuda::{Arguments, Kernel, Pointer, Stream, THREADS};
+use crate::element::Dtype;
+use crate::error::{Error, Result};
+
+/// Elements that a block of threads takes at a time, in cuda/src/eight_bit.cu.
+const DEQUANTIZE_SPAN: u64 = 8192;
+
+static QUANTIZE: [Kernel; 3] = [
+    Kernel::new("eight_bit", "quantize_8bit_bf16"),
+    Kernel::new("eight_bit", "quantize_8bit_f16"),
+    Kernel::new("eight_bit", "quantize_8bit_f32"),
+];
+
+static DEQUANTIZE: [Kernel; 3] = [
+    Kernel::new("eight_bit", "dequantize_8bit_bf16"),
+    Kernel::new("eight_bit", "dequantize_8bit_f16"),
+    Kernel::new("eight_bit", "dequantize_8bit_f32"),
+];
+
+const fn dtype_index(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::Bf16 => 0,
+        Dtype::F16 => 1,
+        Dtype::F32 => 2,
+    }
+}
+
+fn aligned(a: Pointer, b: Pointer) -> u32 {
+    u32::from(a.is_multiple_of(16) && b.is_multiple_of(16))
+}
+
+fn check_block(block: usize) -> Result<u32> {
+    match u32::try_from(block) {
+        Ok(block) if block > 0 => Ok(block),
+        _ => Err(Error::value("blocksize", "a number from 1 to 4294967295", block)),
+    }
+}
+
+/// Quantizes `n` elements at `a`, less the fp32 at `offset` if it is given, to the nearest of the 256 rising fp32 at `map`:
+/// `codes` gets a byte an element, `absmax` an fp32 a block.
+///
+/// # Safety
+/// The pointers must be device memory of the stream's device, of these sizes, until the stream has passed the launch.
+pub unsafe fn quantize(
+    stream: &Stream,
+    (a, dtype): (Pointer, Dtype),
+    n: usize,
+    map: Pointer,
+    block: usize,
+    offset: Option<Pointer>,
+    codes: Pointer,
+    absmax: Pointer,
+) -> Result<()> {
+    let block = check_block(block)?;
+    if n == 0 {
+        return Ok(());
+    }
+    let blocks = (n as u64).div_ceil(u64::from(block));
+    // One warp a block of elements.
+    let kernel = &QUANTIZE[dtype_index(dtype)];
+    let launch = kernel.filling(stream.device, blocks.div_ceil(u64::from(THREADS / 32)))?;
+    let mut arguments = Arguments::default()
+        .u64(a)
+        .u64(n as u64)
+        .u64(map)
+        .u64(offset.unwrap_or(0))
+        .u64(codes)
+        .u64(absmax)
+        .u32(block)
+        .u32(aligned(a, codes));
+    // SAFETY: the arguments are those of `quantize_8bit_*` in cuda/src/eight_bit.cu; the caller vouches for the pointers.
+    unsafe { kernel.launch(stream, launch, &mut arguments) }
+}
+
+/// Dequantizes: `out[i] = map[codes[i]] · absmax[i / block] + offset`.
+///
+/// # Safety
+/// As [`quantize`].
+pub unsafe fn dequantize(
+    stream: &Stream,
+    codes: Pointer,
+    map: Pointer,
+    absmax: Pointer,
+    block: usize,
+    offset: Option<Pointer>,
+    (out, dtype): (Pointer, Dtype),
+    n: usize,
+) -> Result<()> {
+    let block = check_block(block)?;
+    if n == 0 {
+        return Ok(());
+    }
+    let kernel = &DEQUANTIZE[dtype_index(dtype)];
+    let launch = kernel.filling(stream.device, (n as u64).div_ceil(DEQUANTIZE_SPAN))?;
+    let mut arguments = Arguments::default()
+        .u64(codes)
+        .u64(map)
+        .u64(absmax)
+        .u64(offset.unwrap_or(0))
+        .u64(out)
+        .u64(n as u64)
+        .u32(block)
+        .u32(aligned(codes, out));
+    // SAFETY: the arguments are those of `dequantize_8bit_*`; the caller vouches for the pointers.
+    unsafe { kernel.launch(stream, launch, &mut arguments) }
+}

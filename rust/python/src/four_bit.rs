@@ -1,0 +1,317 @@
+//! `quantize_4bit`, `dequantize_4bit`, `matmul_4bit`.
+
+use halfbyte::codebook::Map;
+use halfbyte::four_bit;
+use halfbyte::layout::{Absmax, Nested, block_count, check_four_bit_block, packed_len};
+use halfbyte::{Dtype, Error, Kind, bf16, f16};
+use pyo3::prelude::*;
+
+use crate::dlpack::{Place, TensorRef};
+use crate::errors::raise;
+use crate::{check_together, detached, expect_len, shape_error};
+
+fn parse_kind(name: &str) -> Result<Kind, Error> {
+    Kind::from_name(name).ok_or_else(|| Error::Value {
+        argument: "quant_type",
+        expected: "'nf4' or 'fp4'".into(),
+        got: format!("'{name}'"),
+    })
+}
+
+/// Runs `$body` with `$T` bound to the Rust type of a [`Dtype`].
+macro_rules! with_type {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            Dtype::F32 => {
+                type $T = f32;
+                $body
+            }
+            Dtype::F16 => {
+                type $T = f16;
+                $body
+            }
+            Dtype::Bf16 => {
+                type $T = bf16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_type;
+
+/// The scales of a quantized tensor, plain or nested.
+struct Scales {
+    absmax: TensorRef,
+    nested: Option<(TensorRef, TensorRef, TensorRef, usize)>,
+}
+
+impl Scales {
+    fn new(
+        absmax: &Bound<'_, PyAny>,
+        nested_absmax: Option<&Bound<'_, PyAny>>,
+        nested_code: Option<&Bound<'_, PyAny>>,
+        nested_offset: Option<&Bound<'_, PyAny>>,
+        nested_blocksize: usize,
+    ) -> PyResult<Self> {
+        let absmax = TensorRef::new("absmax", absmax)?;
+        let nested = match (
+            TensorRef::optional("nested_absmax", nested_absmax)?,
+            TensorRef::optional("nested_code", nested_code)?,
+            TensorRef::optional("nested_offset", nested_offset)?,
+        ) {
+            (None, None, None) => None,
+            (Some(a), Some(c), Some(o)) => Some((a, c, o, nested_blocksize)),
+            _ => {
+                return Err(raise(Error::Value {
+                    argument: "nested_absmax",
+                    expected: "nested_absmax, nested_code and nested_offset together".into(),
+                    got: "some of them".into(),
+                }));
+            }
+        };
+        Ok(Self { absmax, nested })
+    }
+
+    /// All that can be checked without looking into the tensors.
+    fn check(&self, place: Place, blocks: usize) -> Result<(), Error> {
+        check_together(place, &[&self.absmax])?;
+        let Some((absmax, code, offset, block)) = &self.nested else {
+            self.absmax.expect_dtype(Dtype::F32)?;
+            return expect_len(&self.absmax, blocks);
+        };
+        self.absmax.expect_u8()?;
+        expect_len(&self.absmax, blocks)?;
+        check_together(place, &[absmax, code, offset])?;
+        for tensor in [absmax, code, offset] {
+            tensor.expect_dtype(Dtype::F32)?;
+        }
+        if !block.is_power_of_two() {
+            return Err(Error::Value {
+                argument: "nested_blocksize",
+                expected: "a power of two".into(),
+                got: block.to_string(),
+            });
+        }
+        expect_len(absmax, block_count(blocks, *block))?;
+        expect_len(code, 256)?;
+        expect_len(offset, 1)
+    }
+
+    /// # Safety
+    /// After [`Scales::check`] with [`Place::Cpu`], and while nobody writes to the tensors.
+    unsafe fn host(&self) -> Absmax<'_> {
+        // SAFETY: types, sizes and place are checked; the caller vouches for the rest.
+        unsafe {
+            match &self.nested {
+                None => Absmax::Plain(self.absmax.slice()),
+                Some((absmax, code, offset, block)) => Absmax::Nested(Nested {
+                    codes: self.absmax.slice(),
+                    absmax: absmax.slice(),
+                    map: <&Map>::try_from(code.slice::<f32>()).expect("256 entries were checked"),
+                    offset: offset.slice::<f32>()[0],
+                    block: *block,
+                }),
+            }
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn device(&self) -> halfbyte::device::cuda::Absmax {
+        use halfbyte::device::cuda::Absmax;
+        match &self.nested {
+            None => Absmax::Plain(self.absmax.address() as u64),
+            Some((absmax, code, offset, block)) => Absmax::Nested {
+                codes: self.absmax.address() as u64,
+                absmax: absmax.address() as u64,
+                map: code.address() as u64,
+                offset: offset.address() as u64,
+                log2_block: block.trailing_zeros(),
+            },
+        }
+    }
+}
+
+fn expect_packed(packed: &TensorRef, weights: usize) -> Result<(), Error> {
+    if packed.byte_len() >= packed_len(weights) {
+        return Ok(());
+    }
+    Err(shape_error("packed", format!("at least {} bytes for {weights} weights", packed_len(weights)), packed))
+}
+
+/// Quantizes `a` into `packed` and `absmax`.
+#[pyfunction]
+pub(crate) fn quantize_4bit(
+    py: Python<'_>,
+    a: &Bound<'_, PyAny>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    quant_type: &str,
+    blocksize: usize,
+) -> PyResult<()> {
+    let kind = parse_kind(quant_type).map_err(raise)?;
+    check_four_bit_block(blocksize).map_err(raise)?;
+    let a = TensorRef::new("a", a)?;
+    let packed = TensorRef::new("packed", packed)?;
+    let absmax = TensorRef::new("absmax", absmax)?;
+    let checked = || {
+        let dtype = a.float()?;
+        absmax.expect_dtype(Dtype::F32)?;
+        let place = a.place()?;
+        check_together(place, &[&a, &packed, &absmax])?;
+        packed.expect_writable()?;
+        absmax.expect_writable()?;
+        expect_packed(&packed, a.len())?;
+        expect_len(&absmax, block_count(a.len(), blocksize))?;
+        Ok((dtype, place))
+    };
+    let (dtype, place) = checked().map_err(raise)?;
+    match place {
+        Place::Cpu => with_type!(dtype, T => {
+            // SAFETY: place, types, sizes and layout are checked; the caller keeps others from writing.
+            let (a, packed, absmax) = unsafe { (a.slice::<T>(), packed.bytes_mut(), absmax.slice_mut::<f32>()) };
+            detached(py, a.len(), || four_bit::quantize_into(a, kind, blocksize, packed, absmax))
+        })
+        .map_err(raise),
+        #[cfg(feature = "cuda")]
+        Place::Cuda(device) => {
+            let stream = crate::stream_of(&a, device)?;
+            let (n, packed, absmax) = (a.len(), packed.address() as u64, absmax.address() as u64);
+            // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
+            unsafe { four_bit::cuda::quantize(&stream, (a.address() as u64, dtype), n, kind, blocksize, packed, absmax) }
+                .map_err(raise)
+        }
+        #[cfg(not(feature = "cuda"))]
+        Place::Cuda(_) => Err(raise(crate::no_cuda())),
+    }
+}
+
+/// Dequantizes `packed` into `out`.
+#[pyfunction]
+#[pyo3(signature = (packed, absmax, out, quant_type, blocksize, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256))]
+pub(crate) fn dequantize_4bit(
+    py: Python<'_>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    quant_type: &str,
+    blocksize: usize,
+    nested_absmax: Option<&Bound<'_, PyAny>>,
+    nested_code: Option<&Bound<'_, PyAny>>,
+    nested_offset: Option<&Bound<'_, PyAny>>,
+    nested_blocksize: usize,
+) -> PyResult<()> {
+    let kind = parse_kind(quant_type).map_err(raise)?;
+    check_four_bit_block(blocksize).map_err(raise)?;
+    let packed = TensorRef::new("packed", packed)?;
+    let out = TensorRef::new("out", out)?;
+    let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
+    let checked = || {
+        let dtype = out.float()?;
+        let place = out.place()?;
+        check_together(place, &[&out, &packed])?;
+        out.expect_writable()?;
+        expect_packed(&packed, out.len())?;
+        scales.check(place, block_count(out.len(), blocksize))?;
+        Ok((dtype, place))
+    };
+    let (dtype, place) = checked().map_err(raise)?;
+    match place {
+        Place::Cpu => with_type!(dtype, T => {
+            // SAFETY: place, types, sizes and layout are checked; the caller keeps others from writing.
+            let (packed, absmax, out) = unsafe { (packed.bytes(), scales.host(), out.slice_mut::<T>()) };
+            detached(py, out.len(), || four_bit::dequantize_into(packed, absmax, kind, blocksize, out))
+        })
+        .map_err(raise),
+        #[cfg(feature = "cuda")]
+        Place::Cuda(device) => {
+            let stream = crate::stream_of(&out, device)?;
+            let target = (out.address() as u64, dtype);
+            let packed = packed.address() as u64;
+            // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
+            unsafe { four_bit::cuda::dequantize(&stream, packed, scales.device(), kind, blocksize, target, out.len()) }
+                .map_err(raise)
+        }
+        #[cfg(not(feature = "cuda"))]
+        Place::Cuda(_) => Err(raise(crate::no_cuda())),
+    }
+}
+
+/// `out = x · wᵀ + bias` from packed weights; N and K are the last sizes of `out` and `x`.
+#[pyfunction]
+#[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256))]
+pub(crate) fn matmul_4bit(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    quant_type: &str,
+    blocksize: usize,
+    bias: Option<&Bound<'_, PyAny>>,
+    nested_absmax: Option<&Bound<'_, PyAny>>,
+    nested_code: Option<&Bound<'_, PyAny>>,
+    nested_offset: Option<&Bound<'_, PyAny>>,
+    nested_blocksize: usize,
+) -> PyResult<()> {
+    let kind = parse_kind(quant_type).map_err(raise)?;
+    check_four_bit_block(blocksize).map_err(raise)?;
+    let x = TensorRef::new("x", x)?;
+    let packed = TensorRef::new("packed", packed)?;
+    let out = TensorRef::new("out", out)?;
+    let bias = TensorRef::optional("bias", bias)?;
+    let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
+    let checked = || {
+        let dtype = x.float()?;
+        let place = x.place()?;
+        check_together(place, &[&x, &packed, &out])?;
+        out.expect_dtype(dtype)?;
+        out.expect_writable()?;
+        let shape = product_shape(&x, &out)?;
+        let (_, n, k) = shape;
+        let weights = n.checked_mul(k).ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), &out))?;
+        expect_packed(&packed, weights)?;
+        scales.check(place, block_count(weights, blocksize))?;
+        if let Some(bias) = &bias {
+            check_together(place, &[bias])?;
+            bias.expect_dtype(dtype)?;
+            expect_len(bias, n)?;
+        }
+        Ok((dtype, place, shape))
+    };
+    let (dtype, place, shape) = checked().map_err(raise)?;
+    match place {
+        Place::Cpu => with_type!(dtype, T => {
+            // SAFETY: place, types, sizes and layout are checked; the caller keeps others from writing.
+            let (x, packed, absmax, out) =
+                unsafe { (x.slice::<T>(), packed.bytes(), scales.host(), out.slice_mut::<T>()) };
+            // SAFETY: as above.
+            let bias = bias.as_ref().map(|bias| unsafe { bias.slice::<T>() });
+            let work = shape.1.saturating_mul(shape.2);
+            detached(py, work, || four_bit::matmul_into(x, shape, packed, absmax, kind, blocksize, bias, out))
+        })
+        .map_err(raise),
+        #[cfg(feature = "cuda")]
+        Place::Cuda(device) => {
+            let stream = crate::stream_of(&x, device)?;
+            let bias = bias.as_ref().map(|bias| bias.address() as u64);
+            let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
+            let absmax = scales.device();
+            // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
+            unsafe { four_bit::cuda::matmul(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out) }
+                .map_err(raise)
+        }
+        #[cfg(not(feature = "cuda"))]
+        Place::Cuda(_) => Err(raise(crate::no_cuda())),
+    }
+}
+
+/// (M, N, K) of `x` [..., K] and `out` [..., N].
+fn product_shape(x: &TensorRef, out: &TensorRef) -> Result<(usize, usize, usize), Error> {
+    let (Some((&k, rows)), Some((&n, out_rows))) = (x.shape().split_last(), out.shape().split_last()) else {
+        return Err(shape_error("x", "at least one dimension for x and out".into(), x));
+    };
+    if rows != out_rows {
+        return Err(shape_error("out", format!("{rows:?} and then N, as x is {:?}", x.shape()), out));
+    }
+    Ok((rows.iter().map(|&size| size as usize).product(), n as usize, k as usize))
+}

@@ -1,0 +1,66 @@
+//! `halfbyte._native`: tensors in through `DLPack`, one call into the core, errors out as `halfbyte.errors`.
+
+mod dlpack;
+mod eight_bit;
+mod errors;
+mod four_bit;
+mod info;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+mod _native {
+    #[pymodule_export]
+    use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
+    #[pymodule_export]
+    use super::four_bit::{dequantize_4bit, matmul_4bit, quantize_4bit};
+    #[pymodule_export]
+    use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    const MATMUL_4BIT_MAX_M: usize = halfbyte::four_bit::cuda::MATMUL_MAX_ROWS;
+    #[cfg(not(feature = "cuda"))]
+    #[pymodule_export]
+    const MATMUL_4BIT_MAX_M: usize = 0;
+}
+
+use dlpack::{Place, TensorRef};
+use halfbyte::Error;
+
+/// Checks that tensors lie together on one place and are contiguous.
+fn check_together(place: Place, tensors: &[&TensorRef]) -> Result<(), Error> {
+    for tensor in tensors {
+        tensor.expect_place(place)?;
+        tensor.expect_contiguous()?;
+    }
+    Ok(())
+}
+
+fn shape_error(argument: &'static str, expected: String, tensor: &TensorRef) -> Error {
+    Error::Shape { argument, expected, got: format!("{:?}", tensor.shape()) }
+}
+
+fn expect_len(tensor: &TensorRef, len: usize) -> Result<(), Error> {
+    if tensor.len() == len {
+        return Ok(());
+    }
+    Err(shape_error(tensor.name, format!("{len} elements"), tensor))
+}
+
+/// The error of a CUDA tensor in a build without CUDA.
+#[cfg(not(feature = "cuda"))]
+fn no_cuda() -> Error {
+    Error::CudaUnavailable { reason: "this build of halfbyte has no CUDA support".into() }
+}
+
+/// Runs host work with the GIL released where there is enough of it to be worth the release.
+fn detached<T: Send>(py: Python<'_>, elements: usize, work: impl FnOnce() -> T + Send) -> T {
+    const WORTH_IT: usize = 1 << 14;
+    if elements >= WORTH_IT { py.detach(work) } else { work() }
+}
+
+#[cfg(feature = "cuda")]
+fn stream_of(tensor: &TensorRef, device: i32) -> PyResult<halfbyte::device::cuda::Stream> {
+    Ok(halfbyte::device::cuda::Stream { device, handle: tensor.stream()? })
+}

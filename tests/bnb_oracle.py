@@ -1,0 +1,101 @@
+"""The real bitsandbytes, asked from another process: it cannot share one with a package that can stand in its place.
+
+``python bnb_oracle.py where`` prints its version and folder. ``python bnb_oracle.py REQUESTS ANSWERS`` answers a file of
+requests, both safetensors: under metadata ``requests`` a JSON list of objects, each with an ``op`` and the arguments of the
+function of that name below; tensors of request i are named ``i/...``, and so are those of its answer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+def quantize(tensors: Tensors, kind: str, blocksize: int, nested: bool, storage: str) -> Tensors:
+    """Quantize ``input``: its checkpoint entries, and the weights decoded again."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        tensors["input"],
+        blocksize=blocksize,
+        quant_type=kind,
+        compress_statistics=nested,
+        quant_storage=getattr(torch, storage),
+    )
+    entries = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {"weight": packed, **entries, "decoded": functional.dequantize_4bit(packed, state)}
+
+
+def linear(tensors: Tensors, kind: str, nested: bool, storage: str) -> Tensors:
+    """Make a Linear4bit of ``input``: its state dict under ``state.``, its ``decoded`` weight, its ``output`` for ``x``."""
+    import bitsandbytes as bnb
+
+    weight = tensors["input"]
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=False,
+        compute_dtype=torch.float32,
+        compress_statistics=nested,
+        quant_type=kind,
+        quant_storage=getattr(torch, storage),
+    )
+    attributes = {**layer.weight.__dict__, "module": layer}
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **attributes)
+    layer.to("cpu")
+    decoded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    entries = {f"state.{key}": value for key, value in layer.state_dict().items()}
+    return {**entries, "decoded": decoded, "output": layer(tensors["x"])}
+
+
+def load(tensors: Tensors) -> Tensors:
+    """Load the checkpoint entries ``weight`` and ``weight.*``: the ``decoded`` weight, and the entries written again."""
+    import bitsandbytes as bnb
+
+    statistics = {key: value for key, value in tensors.items() if key.startswith("weight.")}
+    weight = bnb.nn.Params4bit.from_prequantized(tensors["weight"], statistics, device="cpu")
+    decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    entries = {f"weight.{key}": value for key, value in weight.quant_state.as_dict(packed=True).items()}
+    return {"weight": weight.data, **entries, "decoded": decoded}
+
+
+def quantize_blockwise(tensors: Tensors, blocksize: int, signed: bool) -> Tensors:
+    """Quantize ``input`` to 8 bits: ``codes``, ``absmax``, the map ``code``, and the ``decoded`` values."""
+    from bitsandbytes import functional
+
+    code = functional.create_dynamic_map(signed=signed)
+    codes, state = functional.quantize_blockwise(tensors["input"], code=code, blocksize=blocksize)
+    decoded = functional.dequantize_blockwise(codes, state)
+    return {"codes": codes, "absmax": state.absmax, "code": code, "decoded": decoded}
+
+
+OPERATIONS = {op.__name__: op for op in (quantize, linear, load, quantize_blockwise)}
+
+
+def main(requests_path: str, answers_path: str) -> None:
+    torch.set_num_threads(1)
+    answers: Tensors = {}
+    with safe_open(requests_path, "pt") as file:
+        requests = json.loads(file.metadata()["requests"])
+        names = list(file.keys())
+        for i, request in enumerate(requests):
+            tensors = {name.split("/", 1)[1]: file.get_tensor(name) for name in names if name.startswith(f"{i}/")}
+            answer = OPERATIONS[request.pop("op")](tensors, **request)
+            # Clones: safetensors refuses tensors that share memory.
+            answers |= {f"{i}/{key}": value.detach().contiguous().clone() for key, value in answer.items()}
+    save_file(answers, answers_path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["where"]:
+        import bitsandbytes
+
+        print(json.dumps({"version": bitsandbytes.__version__, "file": bitsandbytes.__file__}))
+    else:
+        main(*sys.argv[1:])

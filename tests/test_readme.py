@@ -1,0 +1,65 @@
+"""README says what is true: every Python snippet in it runs, and its Rust snippet is an example that is compiled."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import halfbyte
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_snippets():
+    assert len(snippets("python")) == 4
+    assert len(snippets("rust")) == 1
+
+
+@pytest.mark.parametrize("snippet", snippets("python"), ids=range(len(snippets("python"))))
+def test_python_snippets_run(snippet):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HALFBYTE_")}
+    env["PYTHONPATH"] = str(Path(halfbyte.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:halfbyte", "-c", snippet],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_rust_snippet_is_the_example():
+    assert snippets("rust") == [(ROOT / "rust/halfbyte/examples/quickstart.rs").read_text(encoding="utf-8")]
+
+
+def test_the_quick_start_is_two_commands_on_files_that_are_there():
+    commands = [line for block in snippets("sh") for line in block.splitlines()]
+    assert commands == [
+        "pip install '.[demo]' && halfbyte demo tests/models/pycode-llama-7m",
+        "pip install '.[test]' && pytest",
+    ]
+    assert (ROOT / "tests/models/pycode-llama-7m/heldout.json").is_file()
+
+
+def test_what_the_readme_names_exists():
+    for name in set(re.findall(r"`((?:[A-Z]\w*)Error)`", README)) - {"ValueError", "RuntimeError"}:
+        assert issubclass(getattr(halfbyte.errors, name), halfbyte.errors.HalfbyteError), name
+    for name in re.findall(r"`(halfbyte\.[\w.]+)`", README):
+        found = halfbyte
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in re.findall(r"`make ([\w\- ]+)`", README):
+        for target in command.split():
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
