@@ -3,10 +3,10 @@
 usage: python cuda/build.py            compile, write cuda/ptx/*.ptx, manifest.toml and images.rs
        python cuda/build.py --check    compile and assemble, write nothing, fail on any difference
 
-Every image is compiled from the repository's root with relative names, so that the text is the same on every machine. Its
-``.version`` line is lowered to the oldest PTX that has all its instructions; an assembler of that level (ptxas 12.0)
-proves it, one of CUDA 13 assembles it for every GPU generation it is to serve and counts registers and spills, which may
-not grow beyond what the manifest says. The compilers are installed into ``.build/cuda`` at first use.
+Every image is compiled from the repository's root with relative names, so that the text is the same on every machine.
+Its ``.version`` line is lowered to the oldest PTX that has all its instructions; an assembler of that level (ptxas
+12.0) proves it. One of CUDA 13 assembles it for every GPU generation that it is to serve and counts registers and
+spills, which may not grow beyond what the manifest says. The compilers go into ``.build/cuda`` at first use.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def build() -> tuple[dict[str, str], dict[str, dict[str, tuple[int, int]]]]:
     nvrtc = Nvrtc()
     files: dict[str, str] = {}
     resources: dict[str, dict[str, tuple[int, int]]] = {}
-    manifest = ["# Written by cuda/build.py. Hashes are SHA-256; `kernels` is [parameters, most registers, most spill bytes]."]
+    manifest = [
+        "# Written by cuda/build.py. Hashes are SHA-256; a kernel has [parameters, most registers, most spilled bytes]."
+    ]
     manifest += [f'compiler = "{WHEELS["nvrtc"][0]}"', 'flags = "--std=c++17 -default-device"']
     images = []
     for family in FAMILIES:
@@ -178,12 +180,18 @@ def build() -> tuple[dict[str, str], dict[str, dict[str, tuple[int, int]]]]:
             for kernel, parameters in sorted(entries(ptx).items()):
                 manifest.append(f"{kernel} = [{parameters}, {most[kernel][0]}, {most[kernel][1]}]")
             images.append(
-                f'    Image {{\n        family: "{family.name}",\n        capability: {capability},\n        specific: false,\n'
-                f'        ptx_version: "{family.ptx_version}",\n        ptx: concat!(include_str!("{name}"), "\\0"),\n    }},\n'
+                "    Image {\n"
+                f'        family: "{family.name}",\n'
+                f"        capability: {capability},\n"
+                "        specific: false,\n"
+                f'        ptx_version: "{family.ptx_version}",\n'
+                f'        ptx: concat!(include_str!("{name}"), "\\0"),\n'
+                "    },\n"
             )
     files["manifest.toml"] = "\n".join(manifest) + "\n"
     files["images.rs"] = (
-        "// Written by cuda/build.py: every image under cuda/ptx.\n\n/// All images, families together, oldest architecture first.\n"
+        "// Written by cuda/build.py: every image under cuda/ptx.\n\n"
+        "/// All images, families together, oldest architecture first.\n"
         "pub static IMAGES: &[Image] = &[\n" + "".join(images) + "];\n"
     )
     return files, resources
@@ -206,12 +214,14 @@ def main() -> None:
     files, resources = build()
     for image, kernels in resources.items():
         for kernel, (used, spill) in kernels.items():
-            note = f"  was {before[image][kernel][1:]}" if before.get(image, {}).get(kernel, [0, used, spill])[1:] != [used, spill] else ""
+            was = before.get(image, {}).get(kernel, [0, used, spill])[1:]
+            note = "" if was == [used, spill] else f"  was {was}"
             print(f"{image:42} {kernel:36} {used:4} registers {spill:5} spilled{note}")
     folder = ROOT / PTX
     if arguments.check:
-        stale = [n for n, text in files.items() if not (folder / n).exists() or (folder / n).read_text(encoding="utf-8") != text]
-        extra = sorted({p.name for p in folder.iterdir()} - set(files))
+        committed = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+        stale = [name for name, text in files.items() if committed.get(name) != text]
+        extra = sorted(set(committed) - set(files))
         if stale or extra:
             raise SystemExit(f"out of date: {stale}; not built from any source: {extra}. Run python cuda/build.py")
         print(f"{len(files)} files are as built, {sum(len(t) for t in files.values()) // 1024} KiB")

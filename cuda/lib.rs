@@ -7,7 +7,7 @@
 pub struct Image {
     /// Kernels that belong together, named after their source.
     pub family: &'static str,
-    /// Virtual architecture times ten: 80 for compute_80.
+    /// Virtual architecture times ten: 80 for `compute_80`.
     pub capability: u32,
     /// Whether it runs on exactly that capability (`compute_90a`) and on no newer one.
     pub specific: bool,

@@ -1,8 +1,8 @@
 """The real bitsandbytes, asked from another process: it cannot share one with a package that can stand in its place.
 
-``python bnb_oracle.py where`` prints its version and folder. ``python bnb_oracle.py REQUESTS ANSWERS`` answers a file of
-requests, both safetensors: under metadata ``requests`` a JSON list of objects, each with an ``op`` and the arguments of the
-function of that name below; tensors of request i are named ``i/...``, and so are those of its answer.
+``python bnb_oracle.py where`` prints its version and file. ``python bnb_oracle.py REQUESTS ANSWERS`` answers a file of
+requests, both safetensors: under metadata ``requests`` a JSON list of objects, each with an ``op`` and the arguments of
+the function of that name below; tensors of request i are named ``i/...``, and so are those of its answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def quantize(tensors: Tensors, kind: str, blocksize: int, nested: bool, storage:
 
 
 def linear(tensors: Tensors, kind: str, nested: bool, storage: str) -> Tensors:
-    """Make a Linear4bit of ``input``: its state dict under ``state.``, its ``decoded`` weight, its ``output`` for ``x``."""
+    """Make a Linear4bit of ``input``: its ``state.*`` dict, its ``decoded`` weight, its ``output`` for ``x``."""
     import bitsandbytes as bnb
 
     weight = tensors["input"]
@@ -55,7 +55,7 @@ def linear(tensors: Tensors, kind: str, nested: bool, storage: str) -> Tensors:
 
 
 def load(tensors: Tensors) -> Tensors:
-    """Load the checkpoint entries ``weight`` and ``weight.*``: the ``decoded`` weight, and the entries written again."""
+    """Load the entries ``weight`` and ``weight.*``: the ``decoded`` weight, and the entries written again."""
     import bitsandbytes as bnb
 
     statistics = {key: value for key, value in tensors.items() if key.startswith("weight.")}

@@ -1,8 +1,8 @@
 """Side by side with the real bitsandbytes, on fresh random tensors: equal bytes, and checkpoints that load both ways.
 
-It is found in the folder ``HALFBYTE_BITSANDBYTES_PATH`` (an unpacked wheel), or installed; without it these tests are skipped.
-It runs in a process of its own, ``bnb_oracle.py``. Inputs are new each time; ``HALFBYTE_TEST_SEED`` repeats those of a failure,
-which prints the number.
+It is found in the folder ``HALFBYTE_BITSANDBYTES_PATH`` (an unpacked wheel), or installed; without it these tests are
+skipped. It runs in a process of its own, ``bnb_oracle.py``. Inputs are new each time; ``HALFBYTE_TEST_SEED`` repeats
+those of a failure, which prints the number.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+
 from halfbyte import _native, errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -118,7 +119,7 @@ def test_misaligned_views(offset, dtype):
     a = torch.randn(n + offset).to(dtype)
     on_gpu = a.cuda()[offset:]
     packed, absmax = quantize(on_gpu, "nf4", 64)
-    want, want_absmax = quantize(a[offset:].clone(), "nf4", 64)
+    _, want_absmax = quantize(a[offset:].clone(), "nf4", 64)
     assert torch.equal(absmax.cpu(), want_absmax)
     shifted = torch.empty(packed.numel() + offset, dtype=torch.uint8, device="cuda")[offset:]
     shifted.copy_(packed)

@@ -19,12 +19,13 @@ def probes():
     from peft.import_utils import is_bnb_4bit_available
     from peft.import_utils import is_bnb_available as peft_bnb
     from transformers.utils import is_bitsandbytes_available
-    return {
+    answers = {
         "transformers": is_bitsandbytes_available(),
         "accelerate": is_bnb_available(min_version="0.43.2") and is_4bit_bnb_available(),
         "peft": peft_bnb() and is_bnb_4bit_available(),
-        "cpu training": bool(is_bitsandbytes_multi_backend_available()),
+        "cpu training": is_bitsandbytes_multi_backend_available(),
     }
+    return {who: bool(answer) for who, answer in answers.items()}
 """
 
 

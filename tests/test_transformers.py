@@ -39,7 +39,7 @@ def load(source=MODEL, quantization=None, device="cpu", dtype=torch.bfloat16):
 def ids():
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     text = json.loads((MODEL / "heldout.json").read_text())[0]
-    return torch.tensor([[0, *tokenizer(text)["input_ids"][:95]]])
+    return torch.tensor([[0, *tokenizer(text)["input_ids"][:63]]])
 
 
 @torch.inference_mode()
@@ -58,7 +58,12 @@ def same_tensors(a, b):
     assert a.keys() == b.keys()
     for key in a:
         assert a[key].dtype == b[key].dtype, key
-        assert torch.equal(a[key], b[key]), key
+        assert same_bytes(a[key], b[key]), key
+
+
+def same_bytes(a, b):
+    """Packed codes that are stored as floats hold NaNs, which equal nothing."""
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def quantized_layers(model):
@@ -211,7 +216,7 @@ def lora_model(reference=False):
     peft = pytest.importorskip("peft")
     model = load(quantization=config()) if not reference else load(quantization=config()).dequantize()
     if not reference:
-        model = peft.prepare_model_for_kbit_training(model)
+        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(0)
     options = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, options)
@@ -221,9 +226,9 @@ def test_preparing_for_training_leaves_packed_weights_alone():
     peft = pytest.importorskip("peft")
     model = load(quantization=config(bnb_4bit_quant_storage=torch.bfloat16))
     before = {name: layer.weight.data.clone() for name, layer in quantized_layers(model).items()}
-    model = peft.prepare_model_for_kbit_training(model)
+    model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     for name, layer in quantized_layers(model).items():
-        assert torch.equal(layer.weight.data, before[name])
+        assert same_bytes(layer.weight.data, before[name])
     assert model.model.norm.weight.dtype == torch.float32
     assert model.is_gradient_checkpointing
 
@@ -236,9 +241,9 @@ def test_qlora_steps_reduce_the_loss_and_train_adapters_only(ids):
     model.train()
     before = {name: layer.weight.data.clone() for name, layer in quantized_layers(model).items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3)
+    optimizer = torch.optim.AdamW(trained, lr=5e-3)
     losses = []
-    for _ in range(6):
+    for _ in range(4):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
@@ -247,7 +252,7 @@ def test_qlora_steps_reduce_the_loss_and_train_adapters_only(ids):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     for name, layer in quantized_layers(model).items():
-        assert torch.equal(layer.weight.data, before[name])
+        assert same_bytes(layer.weight.data, before[name])
         assert layer.weight.grad is None
 
 

@@ -2,10 +2,10 @@
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
-// Built once with ELEMENT = Bf16 and once with F16. One block of WARPS warps per SM; it owns tiles_per_block tiles of 16 weight
+// Built once with ELEMENT = Bf16 and once with F16. One block of up to 8 warps per SM; it owns tiles_per_block tiles of 16 weight
 // rows, and its warps split K between them, so that each activation is read once a block and stays in registers for all tiles:
 //
-//              K →   warp 0     warp 1     …    warp 15
+//              K →   warp 0     warp 1     …    warp 7
 //   rows  0 … 15   [ 256 | 256 ][ 256 | 256 ] …             tile 0       a stage: 16 rows × 256 weights = 2 KB + 64 scales
 //   rows 16 … 31   [           ][           ] …             tile 1       order of a warp: K step outer, tile inner
 //
@@ -21,7 +21,7 @@
 // exact.) Any other 16 values would do as well: nothing else here knows the code.
 //
 // Decoding: one lookup a byte, byte → two 16-bit values, in a table with a copy for each bank (32 KB): no conflicts.
-// Weights come by cp.async, 16 bytes a lane, into a ring of STAGES stages private to the warp, chunks of a row swizzled by its
+// Weights come by cp.async, 16 bytes a lane, into a ring of 4 or 6 stages private to the warp, chunks of a row swizzled by its
 // number so that neither the copies nor the 8-byte reads collide. Scales come through registers a tile ahead (nested ones are
 // decoded on the way) into the same stage. No barrier of the block until the end: then the partial sums of the warps, which lie
 // in shared memory, are added in fixed order, so that results are equal from run to run.
@@ -144,8 +144,8 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
             to[2 * i] = NESTED ? __fadd_rn(__fmul_rn(map[flight.code[i]], flight.scale[i]), offset) : flight.scale[i];
     };
     // Activations of a step: 4 blocks × 16 values a lane. Rows beyond M are row 0 again: their sums are not used.
-    uint4 b[COLUMNS][4][2];
-    auto load_activations = [&](u32 step) {
+    uint4 b[COLUMNS][4][2], next_b[COLUMNS][4][2];
+    auto load_activations = [&](u32 step, uint4 (&b)[COLUMNS][4][2]) {
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
             const u32 m = c * 8 + g;
@@ -179,7 +179,7 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
             }
             commit();
         }
-        load_activations(0);
+        load_activations(0, next_b);
         if (pass == 0) {
             if (NESTED)
                 for (u32 i = threadIdx.x; i < 256; i += blockDim.x) map[i] = __ldg(scales.map + i);
@@ -201,7 +201,11 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
         u32 stage = 0, landing_stage = 0;
         bool landing = false;
         for (u32 step = 0; step < steps; ++step) {
-            if (step > 0) load_activations(step);
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int k = 0; k < 4; ++k) b[c][k][0] = next_b[c][k][0], b[c][k][1] = next_b[c][k][1];
+            if (step + 1 < steps) load_activations(step + 1, next_b);  // under way during this step
             for (u32 tile = 0; tile < tiles; ++tile) {
                 wait<STAGES - 2>();
                 __syncwarp();  // copies and scales of all lanes are there, and the stage before is read
@@ -264,16 +268,21 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
         wait<0>();
         __syncthreads();
 
-        // Sums of the warps, in order. Neighbouring threads take neighbouring rows, which are neighbours in `out`.
-        for (u32 i = threadIdx.x; i < tiles * 16 * M; i += blockDim.x) {
-            const u32 local = i % (tiles * 16), m = i / (tiles * 16);
-            const u32 n = row0 + local, r = local % 16;
-            if (n >= N) continue;
-            const u32 from = ((local / 16) * COLUMNS + m / 8) * TILE_FLOATS + ((r % 8) * 4 + m % 8 / 2) * 4 + r / 8 * 2 + m % 2;
-            float sum = 0.f;
-            for (u32 w = 0; w < warps; ++w) sum += sums[w * tiles_per_pass * (COLUMNS * TILE_FLOATS) + from];
-            sum *= ungain;
-            out[u64(m) * N + n] = from_float<T>(bias == nullptr ? sum : sum + to_float(bias[n]));
+        // Sums of the warps, in order: a thread takes the four sums of one lane, so that no two collide in a bank.
+        for (u32 i = threadIdx.x; i < tiles * COLUMNS * WARP; i += blockDim.x) {
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+            for (u32 w = 0; w < warps; ++w) {
+                const float4 part = *reinterpret_cast<const float4*>(sums + w * tiles_per_pass * (COLUMNS * TILE_FLOATS) + i * 4);
+                sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+            }
+            const u32 tile = i / (COLUMNS * WARP), column = i / WARP % COLUMNS;
+            auto put = [&](u32 n, u32 m, float value) {
+                if (n >= N || m >= M) return;
+                value *= ungain;
+                out[u64(m) * N + n] = from_float<T>(bias == nullptr ? value : value + to_float(bias[n]));
+            };
+            const u32 n = row0 + tile * 16 + i % WARP / 4, m = column * 8 + i % 4 * 2;
+            put(n, m, sum.x), put(n, m + 1, sum.y), put(n + 8, m, sum.z), put(n + 8, m + 1, sum.w);
         }
     }
 }
@@ -299,8 +308,8 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
                                                       M, N, K, log2_block, Values{{values0, values1, values2, values3}},        \
                                                       ungain, tiles_per_block, tiles_per_pass);                                 \
     }
-// Stages: what keeps about 70 KB a block under way. For 16 tokens the activations take twice the registers, so half the warps.
-MATMUL(plain_m8, false, 1, 3, 512)
+// Stages: what keeps 75 to 110 KB a block under way beside the sums. Eight warps, because activations of two steps take so many registers.
+MATMUL(plain_m8, false, 1, 6, 256)
 MATMUL(plain_m16, false, 2, 4, 256)
-MATMUL(nested_m8, true, 1, 3, 512)
+MATMUL(nested_m8, true, 1, 6, 256)
 MATMUL(nested_m16, true, 2, 4, 256)

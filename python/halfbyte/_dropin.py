@@ -148,7 +148,7 @@ def install() -> bool:
     real = importlib.util.find_spec(NAME)
     if real is None:
         sys.meta_path.append(_finder)
-    elif real.origin is None and real.loader.__class__.__name__ == "NamespaceLoader":
+    elif real.origin is None and (real.loader is None or type(real.loader).__name__ == "NamespaceLoader"):
         # A folder that happens to be called bitsandbytes (a clone of its repository beside the script) is no package,
         # but Python would take it for an empty one.
         sys.meta_path.insert(0, _finder)

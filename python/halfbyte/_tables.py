@@ -50,7 +50,8 @@ _NF4 = (
     1.0,
 )
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-_FP4 = tuple(v / 12 for v in _FP4_TWELFTHS) + tuple(-v / 12 for v in _FP4_TWELFTHS)
+# Code 8 is a plain zero in bitsandbytes' table, and so in every file: 0 - 0 and not -0.
+_FP4 = tuple(v / 12 for v in _FP4_TWELFTHS) + tuple((0 - v) / 12 for v in _FP4_TWELFTHS)
 # Two tables that no kernel uses, for callers of get_4bit_type only.
 _AF4 = (
     1.0,
@@ -83,7 +84,8 @@ _cache: dict[tuple[str, torch.device], Tensor] = {}
 
 def _shared(name: str, values: tuple[float, ...], device: torch.device | str | None) -> Tensor:
     where = torch.device("cpu" if device is None else device)
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+        # Someone traces: a shared table is none of the tensors that they know, and theirs may be no real one.
         return torch.tensor(values, dtype=torch.float32, device=where)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
@@ -92,8 +94,7 @@ def _shared(name: str, values: tuple[float, ...], device: torch.device | str | N
         # An inference tensor in the cache could never be saved for a backward pass.
         with torch.inference_mode(False):
             table = torch.tensor(values, dtype=torch.float32, device=where)
-        if type(table) is Tensor:  # not a fake one, made while someone traces
-            _cache[name, where] = table
+        _cache[name, where] = table
     return table
 
 

@@ -4,29 +4,31 @@ Run with bitsandbytes 0.50.2 importable, on the CPU::
 
     PYTHONPATH=/path/to/unpacked/bitsandbytes python tests/golden/generate.py
 
-Importing this module needs neither bitsandbytes nor torch: the tests take their inputs from :func:`make_input`, which is
-integer arithmetic and so the same everywhere and for ever (NumPy's own generators may change with its version).
+Importing this module needs neither bitsandbytes nor torch: the tests take their inputs from :func:`make_input`, which
+is integer arithmetic and so the same everywhere and for ever (NumPy's own generators may change with its version).
 
 Files
 -----
 four_bit.safetensors
-    Metadata ``cases``: a line each of ``kind blocksize dtype shape seed special``. The tensors are the results of all cases
-    one behind the other, in that order; a case of n weights takes ``(n + 1) // 2`` bytes of ``packed``, ``ceil(n / blocksize)``
-    of ``absmax`` and ``nested_codes``, ``ceil(blocks / 256)`` of ``nested_absmax``, and one each of ``nested_offset``, ``digest``
-    and ``nested_digest`` (:func:`digest` of the dequantized weights). ``json`` and ``nested_json`` hold a line a case.
+    Metadata ``cases``: a line each of ``kind blocksize dtype shape seed special``. The tensors are the results of all
+    cases one behind the other, in that order. A case of n weights takes ``(n + 1) // 2`` bytes of ``packed``,
+    ``ceil(n / blocksize)`` elements of ``absmax`` and of ``nested_codes``, ``ceil(blocks / 256)`` of ``nested_absmax``,
+    and one each of ``nested_offset``, ``digest`` and ``nested_digest`` (:func:`digest` of the dequantized weights).
+    Metadata ``json`` and ``nested_json`` hold a line a case.
 eight_bit.safetensors
-    The same for blockwise 8-bit: ``map blocksize dtype n seed`` and ``codes``, ``absmax``, ``digest``; and the two maps.
+    The same for blockwise 8-bit: ``map blocksize dtype n seed``; ``codes``, ``absmax``, ``digest``; and the two maps.
 checkpoints.safetensors
-    The ``state_dict`` of several ``Linear4bit``, named ``{kind}_{storage dtype}_{plain or nested}``. Those with ``default`` in the
-    name were made while bfloat16 was torch's default dtype.
+    The ``state_dict`` of several ``Linear4bit``, named ``{kind}_{storage dtype}_{plain or nested}``. Those with
+    ``default`` in the name were made while bfloat16 was torch's default dtype.
 checkpoints_dequantized.safetensors
     The weights of these as bitsandbytes dequantizes them.
 
 What depends on the machine
 ---------------------------
-``nested_offset`` is torch's fp32 ``mean``, which adds in an order that depends on the SIMD width and the number of threads: the last
-bit or two of it, and with them some of the nested codes and what is decoded from them, can differ elsewhere. All else is exact
-arithmetic, the same on every CPU. The files here were written on x86-64 with AVX2, by one thread.
+``nested_offset`` is torch's fp32 ``mean``, which adds in an order that depends on the SIMD width and the number of
+threads: the last bit or two of it, and with them some of the nested codes and what is decoded from them, can differ
+elsewhere. All else is exact arithmetic, the same on every CPU. The files here were written on x86-64 with AVX2, by one
+thread.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def make_input(seed: int, n: int, special: bool = False) -> np.ndarray:
-    """Weights, fp32 [n]: bell-shaped, of a spread that changes every 29 of them. To be rounded to the dtype of the case.
+    """Weights, fp32 [n], for rounding to the dtype of the case: bell-shaped, of a spread that changes every 29 of them.
 
     `special` (n >= 600) puts into blocks of 64: zeros, an infinity, a NaN, subnormals, and values of one magnitude.
     """
@@ -147,7 +149,8 @@ def digest(bits: np.ndarray) -> np.uint64:
 def bit_patterns(values) -> np.ndarray:  # of a torch tensor
     """Bit patterns of a floating-point tensor on the CPU, with one for every NaN and one for both zeros.
 
-    The sign of an FP4 zero is bitsandbytes' own whim: code 8 decodes to -0 where the number of weights is even, else to +0.
+    The sign of an FP4 zero is not fixed in bitsandbytes: code 8 decodes to -0 if the number of weights is even, and to
+    +0 if it is odd.
     """
     import torch
 

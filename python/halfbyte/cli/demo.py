@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ = 512
 """Tokens that the speed measurement reads before it writes."""
+CPU_TEXTS = 4
+"""Texts that perplexity is measured on, on a CPU, unless asked for more: bf16 is slow where the processor lacks it."""
 HELDOUT = "heldout.json"
 
 
@@ -112,13 +114,15 @@ class Demo:
         check_blocksize(arguments.blocksize)
         self.device = _device(arguments.device)
         self.dtype = DTYPES[arguments.dtype]
-        texts = measure.read_texts(_text_file(arguments))[: arguments.limit_texts]
+        texts = measure.read_texts(_text_file(arguments))
+        limit = arguments.limit_texts or (CPU_TEXTS if self.device.type == "cpu" else len(texts))
+        self.texts, self.all_texts = min(limit, len(texts)), len(texts)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
         config = transformers.AutoConfig.from_pretrained(arguments.model)
         if getattr(config, "quantization_config", None) is not None:
             raise HalfbyteError(f"{arguments.model} is quantized already: give the original model")
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.windows = measure.windows(self.tokenizer, texts, context)
+        self.windows = measure.windows(self.tokenizer, texts[: self.texts], context)
         self.read = self.windows[0][:, : min(READ, (context or READ) // 2)]
 
     def about(self) -> dict[str, Any]:
@@ -129,6 +133,8 @@ class Demo:
         return {
             "model": self.arguments.model,
             "device": device,
+            "texts": self.texts,
+            "all_texts": self.all_texts,
             "tokens": sum(window.numel() - 1 for window in self.windows),
             "prefill_tokens": self.read.numel(),
             "double_quant": not self.arguments.no_double_quant,
@@ -141,8 +147,9 @@ class Demo:
     def compare(self) -> tuple[Figures, Figures, Reload]:
         """Measure both models, save the quantized one and load it again."""
         original, _ = self._measured(self.arguments.dtype, self.arguments.model)
-        name = f"{self.arguments.scheme}, {'' if self.arguments.no_double_quant else 'double quantization, '}"
-        name += f"block {self.arguments.blocksize}"
+        name = self.arguments.scheme
+        name += "" if self.arguments.no_double_quant else ", double quant"
+        name += "" if self.arguments.blocksize == 64 else f", block {self.arguments.blocksize}"
         quantized, model = self._measured(name, self.arguments.model, self._config())
         original.checkpoint_bytes = _weights_on_disk(Path(self.arguments.model))
         stage = self._stage("saving the quantized model, loading it again")

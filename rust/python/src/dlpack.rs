@@ -162,7 +162,8 @@ impl TensorRef {
             if status != 0 {
                 let cause = PyErr::take(object.py());
                 // torch appends a C++ stack trace; the first line says it all.
-                let first_line = |e: PyErr| e.value(object.py()).to_string().lines().next().unwrap_or_default().to_owned();
+                let first_line =
+                    |e: PyErr| e.value(object.py()).to_string().lines().next().unwrap_or_default().to_owned();
                 let got = cause.map_or_else(|| "a tensor without storage".to_owned(), first_line);
                 return Err(crate::errors::raise(Error::Device {
                     argument: name,

@@ -102,7 +102,8 @@ pub(crate) fn quantize_blockwise(
             let (source, n) = ((a.address() as u64, dtype), a.len());
             let (map, codes, absmax) = (code.address() as u64, codes.address() as u64, absmax.address() as u64);
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-            unsafe { eight_bit::cuda::quantize(&stream, source, n, map, blocksize, offset, codes, absmax) }.map_err(raise)
+            unsafe { eight_bit::cuda::quantize(&stream, source, n, map, blocksize, offset, codes, absmax) }
+                .map_err(raise)
         }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => Err(raise(crate::no_cuda())),
@@ -147,7 +148,8 @@ pub(crate) fn dequantize_blockwise(
             let (target, n) = ((out.address() as u64, dtype), out.len());
             let (codes, map, absmax) = (codes.address() as u64, code.address() as u64, absmax.address() as u64);
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-            unsafe { eight_bit::cuda::dequantize(&stream, codes, map, absmax, blocksize, offset, target, n) }.map_err(raise)
+            unsafe { eight_bit::cuda::dequantize(&stream, codes, map, absmax, blocksize, offset, target, n) }
+                .map_err(raise)
         }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => Err(raise(crate::no_cuda())),

@@ -177,8 +177,10 @@ pub(crate) fn quantize_4bit(
             let stream = crate::stream_of(&a, device)?;
             let (n, packed, absmax) = (a.len(), packed.address() as u64, absmax.address() as u64);
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-            unsafe { four_bit::cuda::quantize(&stream, (a.address() as u64, dtype), n, kind, blocksize, packed, absmax) }
-                .map_err(raise)
+            unsafe {
+                four_bit::cuda::quantize(&stream, (a.address() as u64, dtype), n, kind, blocksize, packed, absmax)
+            }
+            .map_err(raise)
         }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => Err(raise(crate::no_cuda())),

@@ -93,7 +93,7 @@ pub unsafe fn dequantize(
         return Ok(());
     }
     let kernel = &DEQUANTIZE[dtype_index(dtype)];
-    let launch = kernel.filling(stream.device, (n as u64).div_ceil(DEQUANTIZE_SPAN))?;
+    let launch = Kernel::spread((n as u64).div_ceil(DEQUANTIZE_SPAN));
     let mut arguments = Arguments::default()
         .u64(codes)
         .u64(map)
@@ -105,4 +105,10 @@ pub unsafe fn dequantize(
         .u32(aligned(codes, out));
     // SAFETY: the arguments are those of `dequantize_8bit_*`; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, launch, &mut arguments) }
+}
+
+/// Every kernel of this module, for a test that each is in the images.
+#[doc(hidden)]
+pub fn kernels() -> Vec<&'static Kernel> {
+    QUANTIZE.iter().chain(&DEQUANTIZE).collect()
 }

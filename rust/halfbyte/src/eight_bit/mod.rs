@@ -26,7 +26,7 @@ pub enum Rounding {
 
 /// Quantizes `a − offset`: `codes` gets one byte a value, `absmax` one scale for each `block` (any positive number) values.
 ///
-/// `map` must rise.
+/// `map` must rise. A block with a NaN gets NaN as its scale and so decodes to NaN (bitsandbytes drops the NaN on the CPU).
 pub fn quantize_into<T: Element>(
     a: &[T],
     map: &Map,

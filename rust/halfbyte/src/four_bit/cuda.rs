@@ -132,7 +132,7 @@ pub unsafe fn dequantize(
     }
     let (scales, nested, map, offset, nested_shift) = absmax.parts();
     let kernel = &DEQUANTIZE[dtype_index(dtype)];
-    let launch = kernel.filling(stream.device, (n as u64).div_ceil(DEQUANTIZE_SPAN))?;
+    let launch = Kernel::spread((n as u64).div_ceil(DEQUANTIZE_SPAN));
     let mut arguments = Arguments::default()
         .u64(packed)
         .u64(scales)
@@ -255,21 +255,25 @@ impl MmaPlan {
     const MAP: u32 = 1024;
     /// A stage of a warp's ring: 16 rows × (128 bytes of weights + 4 scales).
     const STAGE: u32 = 16 * 128 + 16 * 16;
+    /// Warps of a block: the activations they hold take so many registers that there are no more.
+    const MOST_WARPS: usize = 8;
     /// Accumulators of one warp for one tile of 16 rows × 8 columns.
     const TILE: u32 = 16 * 8 * 4;
 
     fn new(m: usize, n: usize, k: usize, multiprocessors: u32, shared: u32) -> Self {
-        // Tiles of 8 tokens, stages and most warps of the two kernels.
-        let (columns, stages, most) = if m > 8 { (2, 4, 8) } else { (1, 3, 16) };
+        // Tiles of 8 tokens and stages of the two kernels.
+        let (columns, stages) = if m > 8 { (2, 4) } else { (1, 6) };
         let ring = stages * Self::STAGE;
         let tiles = n.div_ceil(16) as u32;
         let tiles_per_block = tiles.div_ceil(multiprocessors.max(1));
         let room = shared.saturating_sub(Self::TABLE + Self::MAP + 1024);
         // A warp has at least one step of 64 along K, and as many run as leave room for the sums of a tile each.
-        let useful = (k / MMA_STEP).min(most as usize) as u32;
+        let useful = (k / MMA_STEP).min(Self::MOST_WARPS) as u32;
         let fits = |warps: u32| room / warps >= ring + Self::TILE * columns;
-        let warps = [16, 8, 4, 2, 1].into_iter().find(|&w| (w <= useful.next_power_of_two()) && fits(w)).unwrap_or(1);
-        let tiles_per_pass = ((room / warps - ring) / (Self::TILE * columns)).clamp(1, tiles_per_block);
+        let warps = [8, 4, 2, 1].into_iter().find(|&w| (w <= useful.next_power_of_two()) && fits(w)).unwrap_or(1);
+        let most = ((room / warps - ring) / (Self::TILE * columns)).clamp(1, tiles_per_block);
+        // Passes of even length: a last one of a tile or two would leave the ring half empty.
+        let tiles_per_pass = tiles_per_block.div_ceil(tiles_per_block.div_ceil(most));
         Self {
             launch: Launch {
                 grid: (tiles.div_ceil(tiles_per_block), 1),
@@ -292,6 +296,13 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
     Ok(())
 }
 
+/// Every kernel of this module, for a test that each is in the images.
+#[doc(hidden)]
+pub fn kernels() -> Vec<&'static Kernel> {
+    let mma = MATMUL_MMA.iter().flatten().flatten();
+    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -301,7 +312,9 @@ mod tests {
         // Shared memory a block can have: H200, A100, A10 and consumer GPUs.
         for shared in [227 * 1024, 163 * 1024, 99 * 1024] {
             for m in [1, 8, 9, 16] {
-                for (n, k) in [(1, 64), (16, 128), (4096, 4096), (14336, 4096), (28672, 8192), (1 << 20, 64), (100, 1 << 16)] {
+                for (n, k) in
+                    [(1, 64), (16, 128), (4096, 4096), (14336, 4096), (28672, 8192), (1 << 20, 64), (100, 1 << 16)]
+                {
                     let plan = MmaPlan::new(m, n, k, 132, shared);
                     assert!(plan.launch.shared + MmaPlan::TABLE + MmaPlan::MAP <= shared, "{m} {n} {k}: {plan:?}");
                     assert!(plan.launch.grid.0 * plan.tiles_per_block * 16 >= n as u32);

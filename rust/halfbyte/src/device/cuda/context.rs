@@ -3,6 +3,7 @@
 use std::ffi::c_int;
 use std::sync::OnceLock;
 
+use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{result, sys};
 
 use super::error::Named;
@@ -95,15 +96,14 @@ impl Device {
             // SAFETY: `handle` is a device of this driver.
             unsafe { result::device::get_attribute(handle, which) }.named("cuDeviceGetAttribute").map(|v| v as u32)
         };
-        use sys::CUdevice_attribute::*;
-        let major = attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let major = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         Ok(Self {
             ordinal,
             name: result::device::get_name(handle).named("cuDeviceGetName")?,
             capability: major * 10 + minor,
-            multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            shared_memory: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_memory: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             // SAFETY: never released, so that it outlives every handle made in it.
             context: Context(unsafe { result::primary_ctx::retain(handle) }.named("cuDevicePrimaryCtxRetain")?),
         })

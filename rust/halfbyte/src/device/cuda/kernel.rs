@@ -88,6 +88,12 @@ impl Kernel {
         }
     }
 
+    /// A launch of a block of [`THREADS`] threads for each of `blocks` blocks' worth of work: what light kernels want, whose
+    /// blocks cost little to start and end at different times anyway.
+    pub fn spread(blocks: u64) -> Launch {
+        Launch { grid: (blocks.clamp(1, i32::MAX as u64) as u32, 1), threads: THREADS, shared: 0 }
+    }
+
     /// The launch of a kernel without dynamic shared memory whose blocks of [`THREADS`] threads stride over `blocks` blocks'
     /// worth of work: as many as run at once, so that all of them end together.
     pub fn filling(&self, ordinal: i32, blocks: u64) -> Result<Launch> {
@@ -105,6 +111,11 @@ impl Kernel {
         }
         let most = u64::from(device.multiprocessors * resident);
         Ok(Launch { grid: (blocks.clamp(1, most) as u32, 1), threads: THREADS, shared: 0 })
+    }
+
+    /// Family and entry name.
+    pub fn name(&self) -> (&'static str, &'static str) {
+        (self.family, self.entry)
     }
 
     /// Loads the kernel's image for a device now, so that the first launch does not.
@@ -208,13 +219,17 @@ fn module(device: &Device, image: &'static Image) -> Result<Module> {
 fn load(device: &Device, image: &Image) -> Result<sys::CUmodule> {
     let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     // SAFETY: swaps this thread's capture mode with `mode`.
-    unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result().named("cuThreadExchangeStreamCaptureMode")?;
+    unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }
+        .result()
+        .named("cuThreadExchangeStreamCaptureMode")?;
     // SAFETY: PTX text that ends in NUL, static.
     let module = unsafe { result::module::load_data(image.ptx.as_ptr().cast()) };
     // SAFETY: puts the mode back.
-    unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result().named("cuThreadExchangeStreamCaptureMode")?;
+    unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }
+        .result()
+        .named("cuThreadExchangeStreamCaptureMode")?;
     module.map_err(|error| {
-        use sys::CUresult::*;
+        use sys::CUresult::{CUDA_ERROR_INVALID_PTX, CUDA_ERROR_NO_BINARY_FOR_GPU, CUDA_ERROR_UNSUPPORTED_PTX_VERSION};
         let help = match error.0 {
             CUDA_ERROR_UNSUPPORTED_PTX_VERSION => "the driver is older than the image: update the NVIDIA driver",
             CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_INVALID_PTX => "the driver's compiler refuses it for this GPU",

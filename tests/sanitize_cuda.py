@@ -1,0 +1,57 @@
+"""Run every CUDA kernel once on small, ragged data; a program for compute-sanitizer, not a test of results.
+
+usage: compute-sanitizer --tool memcheck|racecheck|initcheck --error-exitcode 1 python tests/sanitize_cuda.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte import _native
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def main() -> None:
+    """Every entry of every image that this GPU uses."""
+    code = torch.tensor(_native.dynamic_map(True)).cuda()
+    for dtype in DTYPES:
+        for n, block in ((1, 64), (5001, 32), (4096 * 2 + 33, 64), (4096 * 3 + 7, 512), (4096 * 5, 4096)):
+            blocks = -(-n // block)
+            a = torch.randn(n).to(dtype).cuda()
+            packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cuda")
+            absmax = torch.empty(blocks, device="cuda")
+            out = torch.empty(n, dtype=dtype, device="cuda")
+            for kind in ("nf4", "fp4"):
+                _native.quantize_4bit(a, packed, absmax, kind, block)
+                _native.dequantize_4bit(packed, absmax, out, kind, block)
+            offset = absmax.mean()
+            codes = torch.empty(blocks, dtype=torch.uint8, device="cuda")
+            nested = torch.empty(-(-blocks // 256), device="cuda")
+            _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
+            stats = {"nested_absmax": nested, "nested_code": code, "nested_offset": offset}
+            _native.dequantize_4bit(packed, codes, out, "nf4", block, **stats)
+            bytes_ = torch.empty(n, dtype=torch.uint8, device="cuda")
+            _native.quantize_blockwise(a, code, bytes_, absmax, block)
+            _native.dequantize_blockwise(bytes_, code, absmax, out, block)
+        for m, n, k in ((1, 33, 320), (8, 300, 1024), (9, 17, 64), (16, 4000, 192), (3, 20, 77)):
+            block = 64
+            w = torch.randn(n * k).cuda()
+            packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="cuda")
+            absmax = torch.empty(-(-n * k // block), device="cuda")
+            _native.quantize_4bit(w, packed, absmax, "nf4", block)
+            x, bias = torch.randn(m, k).to(dtype).cuda(), torch.randn(n).to(dtype).cuda()
+            y = torch.empty(m, n, dtype=dtype, device="cuda")
+            _native.matmul_4bit(x, packed, absmax, y, "nf4", block, bias)
+            offset = absmax.mean()
+            codes = torch.empty(absmax.numel(), dtype=torch.uint8, device="cuda")
+            nested = torch.empty(-(-absmax.numel() // 256), device="cuda")
+            _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
+            _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
+            y.cpu()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
+    print("every kernel ran")
