@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import halfbyte
-from halfbyte import _dropin, functional as F
+from halfbyte import functional as F
 from halfbyte._tables import dynamic_values
 from halfbyte.errors import ArgumentError, DeviceError, DtypeError, HalfbyteError, ShapeError
 
@@ -598,24 +598,3 @@ def test_states_read_like_the_old_list():
     assert F.quantize_4bit(a)[1][4] is None
     with pytest.raises(IndexError):
         state[6]
-
-
-@pytest.mark.skipif(_dropin.installed_version() is None, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("shape", [(256, 192), (333, 77), (1,), (65,)])
-def test_bytes_are_those_of_an_installed_bitsandbytes(quant_type, dtype, block, nested, shape):
-    bnb = pytest.importorskip("bitsandbytes.functional")
-    a = torch.randn(shape).to(dtype)
-    arguments = {"blocksize": block, "quant_type": quant_type, "compress_statistics": nested}
-    packed, state = F.quantize_4bit(a, **arguments)
-    theirs, their_state = bnb.quantize_4bit(a, **arguments)
-    assert (packed != theirs).float().mean() < 1e-3  # a value on a decision point may go either way
-    mine, their_dict = state.as_dict(packed=True), their_state.as_dict(packed=True)
-    assert list(mine) == list(their_dict)
-    for key, value in mine.items():
-        assert value.numpy().tobytes() == their_dict[key].numpy().tobytes(), key
-    assert torch.equal(F.dequantize_4bit(theirs, halfbyte.QuantState.from_dict(their_dict, "cpu")), bnb.dequantize_4bit(theirs, their_state))
-    assert torch.equal(bnb.dequantize_4bit(packed, bnb.QuantState.from_dict(dict(mine), "cpu")), F.dequantize_4bit(packed, state))

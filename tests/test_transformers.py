@@ -161,7 +161,7 @@ def test_another_block_size(tmp_path, ids, blocksize):
 def test_a_block_size_that_does_not_exist_is_refused():
     options = config()
     options.bnb_4bit_blocksize = 48
-    with pytest.raises(halfbyte.errors.ArgumentError, match="blocksize.*48"):
+    with pytest.raises(halfbyte.errors.ArgumentError, match=r"blocksize.*48"):
         load(quantization=options)
 
 

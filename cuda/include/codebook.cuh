@@ -43,8 +43,10 @@ struct EncodeTable {
     uint2* entries;
     static constexpr u32 BUCKETS = 33, COPIES = 16, SIZE = BUCKETS * COPIES;
 
-    // Rising in x̂, and the same function for points and for values: that is all that correctness needs.
-    static DEVICE u32 bucket(float x) { return u32(__float2int_rd(fmaf(x, 16.f, 16.f))); }
+    // Bucket of x̂ = x · inverse, for inverse16 = 16 · inverse: rising in x, in range for every |x̂| ≤ 1 + 2 ulp (which 2^-17 more
+    // than 16 is for: −1 − 2 ulp must not come out below 0), and 0 for NaN. No point is as near to the border of its bucket as
+    // the rounding here, so it need not be that of x̂.
+    static DEVICE u32 bucket(float x, float inverse16) { return u32(__float2int_rd(fmaf(x, inverse16, 16.f + 0x1p-17f))); }
 
     // A value goes up when it is above the point. For FP4 the rule is on |x|, strictly: on the negative side a value on the
     // point stays at the smaller magnitude, so the point moves down by one ulp there.
@@ -60,16 +62,17 @@ struct EncodeTable {
             for (u32 p = 0; p < 15; ++p) {
                 float t = point(kind, p);
                 // FP4's step between its zeros, at 0, is the border between buckets 15 and 16.
-                u32 b = t == 0.f ? 15 : bucket(t);
+                u32 b = t == 0.f ? 15 : bucket(t, 16.f);
                 if (t == 0.f ? at > 15 : b < at) ++rank;
                 else if (b == at && t != 0.f) here = t;
             }
-            u32 low = CODE_BY_VALUE[kind][rank], high = CODE_BY_VALUE[kind][rank < 15 ? rank + 1 : 15];
-            entries[i] = make_uint2(as_bits(here), low | high << 8);
+            // Bucket 0 has no point: what is not below 2 there is NaN, which counts as above everything.
+            u32 above = at == 0 ? 15 : min(rank + 1, 15u);
+            entries[i] = make_uint2(as_bits(here), CODE_BY_VALUE[kind][rank] | CODE_BY_VALUE[kind][above] << 8);
         }
     }
-    DEVICE u32 encode(float x, u32 lane) const {
-        uint2 e = entries[bucket(x) * COPIES + (lane & (COPIES - 1))];
-        return x > as_float(e.x) ? e.y >> 8 : e.y & 0xff;
+    DEVICE u32 encode(float x, float inverse, float inverse16, u32 lane) const {
+        uint2 e = entries[bucket(x, inverse16) * COPIES + (lane & (COPIES - 1))];
+        return __byte_perm(e.y, 0, x * inverse <= as_float(e.x) ? 0x4440 : 0x4441);
     }
 };

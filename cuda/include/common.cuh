@@ -95,6 +95,30 @@ template <> struct Eight<F32> {
 // so that a NaN in a block reaches its absmax on every architecture.
 DEVICE u32 magnitude(float x) { return as_bits(x) & 0x7fffffffu; }
 
+// The largest magnitude of eight elements, as fp32 bits.
+template <class T> DEVICE u32 magnitude(const Eight<T>& x) {
+    u32 m = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) m = max(m, magnitude(x.get(i)));
+    return m;
+}
+#if __CUDA_ARCH__ >= 800
+// 16-bit elements two at a time; the instruction passes NaN on.
+#define PAIRED_MAGNITUDE(T, type)                                                                               \
+    template <> DEVICE u32 magnitude<T>(const Eight<T>& x) {                                                    \
+        auto larger = [](u32 a, u32 b) {                                                                        \
+            u32 r;                                                                                              \
+            asm("max.NaN." type "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));                                   \
+            return r;                                                                                           \
+        };                                                                                                      \
+        auto size = [](u32 pair) { return pair & 0x7fff7fffu; };                                                \
+        u32 m = larger(larger(size(x.raw.x), size(x.raw.y)), larger(size(x.raw.z), size(x.raw.w)));             \
+        return max(as_bits(to_float(T{u16(m)})), as_bits(to_float(T{u16(m >> 16)})));                           \
+    }
+PAIRED_MAGNITUDE(Bf16, "bf16")
+PAIRED_MAGNITUDE(F16, "f16")
+#endif
+
 // x̂ = x / absmax into [−1, 1]; NaN becomes 1. `inverse` is 1 / max(absmax, 1e-38).
 DEVICE float clamp_unit(float x) { return fmaxf(fminf(x, 1.f), -1.f); }
 DEVICE float inverse_of(float absmax) { return __frcp_rn(fmaxf(absmax, 1e-38f)); }

@@ -56,11 +56,7 @@ DEVICE void quantize(const T* a, u64 n, u8* packed, float* absmax, u32 log2_bloc
 
         u32 m[QUANTIZE_GROUPS];
 #pragma unroll
-        for (u32 g = 0; g < QUANTIZE_GROUPS; ++g) {
-            m[g] = 0;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) m[g] = max(m[g], magnitude(x[g].get(i)));
-        }
+        for (u32 g = 0; g < QUANTIZE_GROUPS; ++g) m[g] = magnitude(x[g]);
         if (WIDE) {
             const u32 mine = block_max(max(m[0], m[1]), 8);
             if (lane == 0) warp_max[turn][warp] = mine;
@@ -77,14 +73,15 @@ DEVICE void quantize(const T* a, u64 n, u8* packed, float* absmax, u32 log2_bloc
 #pragma unroll
         for (u32 g = 0; g < QUANTIZE_GROUPS; ++g) {
             const u64 first = base + g * 256 + lane * 8;
-            const float scale = as_float(m[g]), inverse = inverse_of(scale);
+            const float scale = as_float(m[g]);
+            // With a NaN or an infinity in it a block has no scale to speak of: x̂ is 0, or NaN for those themselves.
+            const float inverse = m[g] < 0x7f800000u ? inverse_of(scale) : 0.f, inverse16 = inverse * 16.f;
             if ((first & ((1u << log2_block) - 1)) == 0 && first < n) absmax[first >> log2_block] = scale;
+            // The first element ends up in the highest nibble, that is, in the first byte after turning the bytes round.
             u32 word = 0;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const u32 q = table.encode(clamp_unit(x[g].get(i) * inverse), lane);
-                word |= q << ((i / 2) * 8 + (i % 2 ? 0 : 4));
-            }
+            for (int i = 0; i < 8; ++i) word = word * 16 + table.encode(x[g].get(i), inverse, inverse16, lane);
+            word = __byte_perm(word, 0, 0x0123);
             if (whole) {
                 *reinterpret_cast<u32*>(packed + first / 2) = word;
             } else {

@@ -16,7 +16,7 @@ from torch import Tensor
 from halfbyte import _native, ops
 from halfbyte._interop import giver_back, to_torch
 from halfbyte._tables import FLOAT_DTYPES, NESTED_BLOCKSIZE
-from halfbyte.errors import ArgumentError, DtypeError, ShapeError
+from halfbyte.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,28 +124,39 @@ def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | No
                 state.offset,
                 state2.blocksize,
             )
-    except (ArgumentError, AttributeError, TypeError, ValueError, ZeroDivisionError):
+    except (ArgumentError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
         return None
     return out
 
 
-def statistics(state: QuantState) -> tuple[Tensor, list[Any]]:
+def statistics(state: QuantState, device: torch.device) -> tuple[Tensor, list[Any]]:
     """Return absmax and the list of the four nested arguments of the ops, as the kernels want them.
 
     Raises
     ------
-    ArgumentError
-        If the state is incomplete.
+    ArgumentError, DeviceError
+        If the state is incomplete, or its tensors are not on `device`.
     """
-    absmax = state.absmax
+    absmax = _statistic("absmax", state.absmax, device)
     if not state.nested or state.state2 is None:
         return absmax, [None, None, None, NESTED_BLOCKSIZE]
     nested = state.state2
-    if nested.code is None or nested.blocksize is None or state.offset is None:
-        raise ArgumentError("quant_state: nested, but without offset, state2.code or state2.blocksize")
+    offset = _statistic("offset", state.offset, device)
+    inner = _statistic("state2.absmax", nested.absmax, device)
+    code = _statistic("state2.code", nested.code, device)
+    if type(nested.blocksize) is not int or not 0 < nested.blocksize < 2**31:
+        raise ArgumentError(f"quant_state.state2.blocksize: expected a positive number, got {nested.blocksize!r}")
     # bitsandbytes takes an offset of any float dtype, and files read under another default dtype leave one.
-    offset = state.offset if state.offset.dtype == torch.float32 else state.offset.float()
-    return absmax, [nested.absmax, nested.code, offset, nested.blocksize]
+    return absmax, [inner, code, offset if offset.dtype == torch.float32 else offset.float(), nested.blocksize]
+
+
+def _statistic(name: str, value: object, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"quant_state.{name}: expected a tensor, got {type(value).__name__}")
+    ops.check_strided(f"quant_state.{name}", value)
+    if value.device != device:
+        raise DeviceError(f"quant_state.{name}: expected a tensor on {device}, got one on {value.device}")
+    return value
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -175,9 +186,14 @@ def matmul_as_is(A: Tensor, B: Tensor, state: QuantState, out: Tensor | None, bi
     n, k = shape
     ops.check_device("A", A)
     ops.check_dtype("A", A.dtype)
+    ops.check_blocksize(blocksize)
+    ops.check_quant_type(quant_type)
+    ops.check_packed("B", B, (n, k))
+    if B.device != A.device:
+        raise DeviceError(f"B: expected a tensor on {A.device} like A, got one on {B.device}")
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
-    absmax, nested = statistics(state)
+    absmax, nested = statistics(state, A.device)
     if A.dim() and A.shape[-1] == n != k:
         warnings.warn(
             f"matmul_4bit: the weight was quantized as its transpose, {[n, k]}, which fits A only that way round. "

@@ -224,12 +224,15 @@ def dequantize_4bit(
     shape, dtype = quant_state.shape, quant_state.dtype
     if shape is None or dtype is None or quant_state.blocksize is None or quant_state.quant_type is None:
         raise ArgumentError(f"quant_state: expected a complete 4-bit state, got {quant_state}")
+    ops.check_packed("A", packed, shape)
+    ops.check_blocksize(quant_state.blocksize)
+    ops.check_quant_type(quant_state.quant_type)
     if out is not None:
         if prod(out.shape) != prod(shape):
             raise ShapeError(f"out: expected shape {list(shape)}, got {list(out.shape)}")
         ops.check_dtype("out", out.dtype)
         dtype = out.dtype
-    scales, nested = statistics(quant_state)
+    scales, nested = statistics(quant_state, packed.device)
     blocksize, quant_type = quant_state.blocksize, quant_state.quant_type
     if not ops.is_eager(packed):
         result = torch.ops.halfbyte.dequantize_4bit.default(
@@ -429,7 +432,7 @@ def dequantize_blockwise(
         raise ArgumentError("quant_state.blocksize: expected a number, got None")
     blocksize = quant_state.blocksize
     values = dynamic_map(True, codes.device) if quant_state.code is None else _table(quant_state.code, codes.device)
-    scales, (inner, inner_code, offset, inner_block) = statistics(quant_state)
+    scales, (inner, inner_code, offset, inner_block) = statistics(quant_state, codes.device)
     if inner is not None:
         scales = _decode(scales, inner, inner_code, inner_block, torch.float32, offset)
     if out is None:

@@ -92,9 +92,33 @@ def check_dtype(name: str, dtype: torch.dtype | None, allowed: Sequence[torch.dt
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Raise DeviceError naming argument `name` unless `tensor` is on the CPU, on CUDA or on meta."""
+    """Raise an error naming argument `name` unless `tensor` is dense and on the CPU, on CUDA or on meta."""
+    check_strided(name, tensor)
     if tensor.device.type not in ("cpu", "cuda", "meta"):
         raise DeviceError(f"{name}: expected a tensor on cpu or cuda, got one on {tensor.device}")
+
+
+def check_strided(name: str, tensor: Tensor) -> None:
+    """Raise ArgumentError naming argument `name` if `tensor` is sparse or of another layout without strides."""
+    if tensor.layout != torch.strided:
+        raise ArgumentError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+
+
+def check_packed(name: str, packed: Tensor, shape: Sequence[int]) -> None:
+    """Raise an error naming argument `name`, or the shape, unless `packed` can hold the weights of `shape`.
+
+    To be called before anything of that shape is allocated.
+    """
+    if any(not isinstance(n, (int, torch.SymInt)) for n in shape):
+        raise ArgumentError(f"quant_state.shape: expected integers, got {shape!r}")
+    if any(n < 0 for n in shape):
+        raise ShapeError(f"quant_state.shape: expected no negative size, got {list(shape)}")
+    check_dtype(name, packed.dtype, STORAGE_DTYPES)
+    check_strided(name, packed)
+    needed = (prod(shape) + 1) // 2
+    stored = packed.numel() * packed.itemsize
+    if stored < needed:
+        raise ShapeError(f"{name}: expected {needed} packed bytes for shape {list(shape)}, got {stored}")
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -184,6 +208,7 @@ def run_dequantize_4bit(
 ) -> Tensor:
     """Dequantize to a new tensor; see the module's table."""
     check_dtype("dtype", dtype)
+    check_packed("A", B, shape)
     out = torch.empty(tuple(shape), dtype=dtype, device=B.device)
     dequantize_4bit_into(
         B, absmax, out, blocksize, quant_type, nested_absmax, nested_code, nested_offset, nested_blocksize

@@ -346,12 +346,16 @@ class _Reader:
             raise self.fail(name, expected, _describe(value))
         if value.layout != torch.strided:
             raise self.fail(name, expected, f"layout {value.layout}")
+        if value.is_meta and device.type != "meta":
+            raise self.fail(name, expected, "a tensor on meta, which has no values")
         value = value.detach().reshape(-1)
         return value.to(device, torch.uint8 if value.dtype == torch.uint8 else torch.float32).contiguous()
 
     def table(self, name: str, real: Tensor, device: torch.device) -> Tensor:
         """Return a stored code table, or the real one where the stored is only a rounding of it."""
-        stored = self.tensor(name, real.numel(), (torch.float32, torch.float16, torch.bfloat16), device)
+        # Whatever the default dtype of the process was that wrote it.
+        dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        stored = self.tensor(name, real.numel(), dtypes, device)
         if stored.is_meta or torch.equal(stored, real):
             return real
         if not bool(((stored - real).abs() <= _TABLE_TOLERANCE).all()):

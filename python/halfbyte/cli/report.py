@@ -31,14 +31,13 @@ def show(about: dict[str, Any], original: Figures, quantized: Figures, reload: R
         f"{quantized.perplexity:.4f}",
         f"{100 * (quantized.perplexity / original.perplexity - 1):+.1f} %",
     )
-    rows = [
+    for name, large, small in [
         ("weights in memory", original.weight_bytes, quantized.weight_bytes),
         ("peak GPU memory", original.peak_cuda_bytes, quantized.peak_cuda_bytes),
         ("checkpoint on disk", original.checkpoint_bytes, quantized.checkpoint_bytes),
-    ]
-    for name, before, after in rows:
-        if before is not None and after is not None:
-            table.add_row(name, _size(before), _size(after), f"{before / after:.2f}x smaller")
+    ]:
+        if large is not None and small is not None:
+            table.add_row(name, _size(large), _size(small), f"{large / small:.2f}x smaller")
     if quantized.bits_a_weight is not None:
         table.add_row("bits a quantized weight", "", f"{quantized.bits_a_weight:.3f}", "")
     for name, before, after in [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # The codes of -1, -31/32, ... 31/32 as bitsandbytes 0.50.2 packs them.
 _KNOWN_CODES = {
-    "nf4": "00000111111112222233334444455566677778899aaabbbccccddddeeeeeeeff",
+    "nf4": "000001111111122222333344455566677788999aaabbbccccddddeeeeeeeffff",
     "fp4": "bbbbbbaaaaaaaadddddccccfffeeee9901166667774444555552222222233333",
 }
 
@@ -105,7 +106,7 @@ def _dequantize(device: torch.device) -> tuple[bool, str]:
 
 def _plain_dequantize(packed: torch.Tensor, state: functional.QuantState) -> torch.Tensor:
     assert state.code is not None and state.shape is not None and state.blocksize is not None
-    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: state.shape.numel()]
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: math.prod(state.shape)]
     scales = state.absmax.repeat_interleave(state.blocksize)[: codes.numel()]
     return (state.code[codes.long()] * scales).reshape(state.shape)
 

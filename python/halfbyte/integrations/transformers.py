@@ -72,7 +72,8 @@ class Halfbyte4BitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Resolve the name of a dtype, which ``save_pretrained`` leaves in a config."""
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."))
+        found: torch.dtype = getattr(torch, dtype.removeprefix("torch."))
+        return found
     return dtype
 
 

@@ -131,6 +131,10 @@ class Params4bit(torch.nn.Parameter):
         """
         state = QuantState.from_dict(quantized_stats, device)
         check_packed(data, state)
+        if data.is_meta and torch.device(device).type != "meta":
+            raise CheckpointError(
+                "checkpoint entry `weight`: expected packed bytes, got a tensor on meta, which has none"
+            )
         self = cls(
             data.detach().to(device),
             requires_grad=requires_grad,
@@ -327,7 +331,8 @@ def check_packed(data: Tensor, state: QuantState, key: str = "weight") -> None:
     numel = prod(state.shape or ())
     needed = (numel + 1) // 2
     stored = data.numel() * data.itemsize
-    if data.dtype not in STORAGE_DTYPES or not needed <= stored < needed + data.itemsize:
+    fits = needed <= stored < needed + data.itemsize
+    if data.dtype not in STORAGE_DTYPES or data.layout != torch.strided or not fits:
         raise CheckpointError(
             f"checkpoint entry `{key}`: expected {needed} packed bytes for a weight of {list(state.shape or ())}, "
             f"got {str(data.dtype).removeprefix('torch.')} {list(data.shape)}"

@@ -3,13 +3,12 @@
 #[cfg(target_arch = "x86_64")]
 use super::cpu_avx2;
 use super::nearest::Nearest;
-use super::reference::{on_grid, scaling};
+use super::reference::{most_of, on_grid, scaling};
 use super::{Rounding, check, check_map};
 use crate::codebook::Map;
 use crate::device::cpu::{Level, for_each_task, share};
 use crate::element::Element;
 use crate::error::Result;
-use crate::four_bit::reference::absmax_of;
 
 /// Values below which a second thread does not pay.
 const GRAIN: usize = 1 << 15;
@@ -63,7 +62,7 @@ fn by_search<T: Element>(
     absmax: &mut [f32],
 ) {
     for ((values, codes), absmax) in a.chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
-        let most = absmax_of(values.iter().map(|v| v.to_f32() - offset));
+        let most = most_of(rounding, values.iter().map(|v| v.to_f32() - offset));
         let (scaling, stored) = scaling(rounding, most, values.len() == block);
         *absmax = stored;
         for (v, code) in values.iter().zip(codes) {

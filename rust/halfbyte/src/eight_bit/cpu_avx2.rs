@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::Rounding;
 use super::nearest::{BUCKETS, Buckets, HIGHEST, SHIFT};
-use super::reference::{Scaling, scaling};
+use super::reference::{Scaling, most_of, scaling};
 use crate::codebook::Map;
 use crate::device::cpu::avx2::{largest_i32, load, store};
 use crate::element::Element;
@@ -90,7 +90,11 @@ pub(super) fn quantize<T: Element>(
     let subtract = _mm256_set1_ps(offset);
     let (mut deciders, mut numbers) = ([0f32; STRIP], [0u32; STRIP]);
     for ((values, codes), stored) in a.chunks(block).zip(codes.chunks_mut(block)).zip(absmax_out) {
-        let (scaling, to_store) = scaling(rounding, absmax(values, offset), values.len() == block);
+        let mut most = absmax(values, offset);
+        if most.is_nan() && rounding == Rounding::Grid {
+            most = most_of(rounding, values.iter().map(|v| v.to_f32() - offset));
+        }
+        let (scaling, to_store) = scaling(rounding, most, values.len() == block);
         *stored = to_store;
         for (values, codes) in values.chunks(STRIP).zip(codes.chunks_mut(STRIP)) {
             let vectors = deciders.chunks_exact_mut(8).zip(numbers.chunks_exact_mut(8));

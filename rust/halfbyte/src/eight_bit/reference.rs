@@ -57,6 +57,14 @@ pub(crate) fn scaling(rounding: Rounding, absmax: f32, full: bool) -> (Scaling, 
     }
 }
 
+/// Largest magnitude. Nearest gives NaN if there is one among them, Grid passes over it.
+pub(crate) fn most_of(rounding: Rounding, values: impl Iterator<Item = f32>) -> f32 {
+    match rounding {
+        Rounding::Nearest => absmax_of(values),
+        Rounding::Grid => values.fold(0.0, |most: f32, v| most.max(v.abs())), // `max` passes over NaN
+    }
+}
+
 /// Quantizes `a − offset` to one code a value and one scale a block.
 pub fn quantize<T: Element>(
     a: &[T],
@@ -68,7 +76,7 @@ pub fn quantize<T: Element>(
     absmax: &mut [f32],
 ) {
     for ((values, codes), absmax) in a.chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
-        let most = absmax_of(values.iter().map(|v| v.to_f32() - offset));
+        let most = most_of(rounding, values.iter().map(|v| v.to_f32() - offset));
         let (scaling, stored) = scaling(rounding, most, values.len() == block);
         *absmax = stored;
         for (v, code) in values.iter().zip(codes) {
