@@ -13,7 +13,9 @@ inductor = pytest.param(
     "inductor",
     marks=[
         pytest.mark.slow,
-        pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"),
+        pytest.mark.skipif(
+            shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+        ),
     ],
 )
 BACKENDS = ["eager", "aot_eager", inductor]
@@ -23,7 +25,9 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 def net(device, dtype, double=True, storage=torch.uint8, compute="same"):
     compute = dtype if compute == "same" else compute
     options = {"quant_type": "nf4", "compress_statistics": double, "quant_storage": storage, "compute_dtype": compute}
-    model = torch.nn.Sequential(Linear4bit(64, 96, **options), torch.nn.SiLU(), Linear4bit(96, 32, bias=False, **options))
+    model = torch.nn.Sequential(
+        Linear4bit(64, 96, **options), torch.nn.SiLU(), Linear4bit(96, 32, bias=False, **options)
+    )
     return model.to(dtype).to(device)
 
 

@@ -267,7 +267,9 @@ def test_any_layout(device, layout):
     codes2, state82 = F.quantize_blockwise(other, blocksize=64)
     assert torch.equal(codes, codes2)
     assert state8 == state82
-    assert torch.equal(F.dequantize_blockwise(codes.t(), state8), F.dequantize_blockwise(codes.t().contiguous(), state8))
+    assert torch.equal(
+        F.dequantize_blockwise(codes.t(), state8), F.dequantize_blockwise(codes.t().contiguous(), state8)
+    )
     assert torch.equal(halfbyte.matmul_4bit(other, packed, state), halfbyte.matmul_4bit(a, packed, state))
     spread = torch.stack([packed.flatten(), packed.flatten()], 1)[:, :1]
     assert not spread.is_contiguous()
@@ -539,7 +541,11 @@ REFUSED = {
 
 @pytest.mark.parametrize(
     ("name", "error", "call"),
-    [pytest.param(name, error, call, id=f"{name}-{i}") for name, calls in REFUSED.items() for i, (error, call) in enumerate(calls)],
+    [
+        pytest.param(name, error, call, id=f"{name}-{i}")
+        for name, calls in REFUSED.items()
+        for i, (error, call) in enumerate(calls)
+    ],
 )
 def test_bad_arguments_are_refused_by_name(name, error, call):
     with pytest.raises(error, match=name) as caught:

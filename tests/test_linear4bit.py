@@ -8,7 +8,8 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import load as load_safetensors, save as save_safetensors
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 
 from halfbyte import functional as F
 from halfbyte.errors import ArgumentError, CheckpointError

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import halfbyte
-from halfbyte import functional as F, ops
+from halfbyte import functional as F
+from halfbyte import ops
 from halfbyte.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,7 +69,8 @@ def test_opcheck_matmul_grad_input(device, nested):
     absmax, blocksize, quant_type, more = arguments(state)
     grad = torch.randn(3, 48, device=device, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.halfbyte.matmul_4bit_grad_input.default, (grad, packed, (48, 64), absmax, blocksize, quant_type, *more)
+        torch.ops.halfbyte.matmul_4bit_grad_input.default,
+        (grad, packed, (48, 64), absmax, blocksize, quant_type, *more),
     )
 
 
@@ -124,7 +126,10 @@ def test_second_derivatives(device):
         return second
 
     torch.testing.assert_close(
-        penalty(lambda x: halfbyte.matmul_4bit(x, packed, state)), penalty(lambda x: x @ dense.t()), rtol=1e-4, atol=1e-3
+        penalty(lambda x: halfbyte.matmul_4bit(x, packed, state)),
+        penalty(lambda x: x @ dense.t()),
+        rtol=1e-4,
+        atol=1e-3,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte import QuantState, functional as F
+from halfbyte import QuantState
+from halfbyte import functional as F
 from halfbyte.errors import CheckpointError, DeviceError
 from halfbyte.nn import Params4bit
 
@@ -290,7 +291,9 @@ class TestStateProperties:
             _ = parameter.quant_state.bitsandbytes__fp4
 
 
-@pytest.mark.parametrize("cut", [lambda p: torch.chunk(p, 4), lambda p: p.chunk(4), lambda p: torch.split(p, 256), lambda p: p.split(256)])
+@pytest.mark.parametrize(
+    "cut", [lambda p: torch.chunk(p, 4), lambda p: p.chunk(4), lambda p: torch.split(p, 256), lambda p: p.split(256)]
+)
 def test_pieces_keep_type_and_state(cut):
     _, parameter = quantized()
     pieces = cut(parameter)
@@ -340,7 +343,9 @@ class TestFromPrequantized:
         stored["nested_quant_map"] = stored["nested_quant_map"].to(dtype)
         assert torch.equal(dense(Params4bit.from_prequantized(parameter.data, stored, device="cpu")), dense(parameter))
 
-    @pytest.mark.parametrize("data", [lambda d: d[:-1], lambda d: torch.cat([d, d[:1]]), lambda d: d.double(), lambda d: d[:0]])
+    @pytest.mark.parametrize(
+        "data", [lambda d: d[:-1], lambda d: torch.cat([d, d[:1]]), lambda d: d.double(), lambda d: d[:0]]
+    )
     def test_packed_bytes_must_be_those_of_the_shape(self, data):
         parameter, stored = entries()
         with pytest.raises(CheckpointError, match="weight"):
@@ -366,7 +371,20 @@ LIES = {
     "quant_type": ["fp4", "nf5", None, 4, ["nf4"]],
     "blocksize": [0, -64, 63, 8192, 64.0, "64", None, True, 2**70],
     "dtype": ["float64", "int8", "", None, "Tensor", "__dict__", 1],
-    "shape": [[32], [32, 65], [64, 64], [-32, -64], [32.0, 64.0], "32", None, [2**40, 2**40], [2**63], [True, 64], [1] * 100, {}],
+    "shape": [
+        [32],
+        [32, 65],
+        [64, 64],
+        [-32, -64],
+        [32.0, 64.0],
+        "32",
+        None,
+        [2**40, 2**40],
+        [2**63],
+        [True, 64],
+        [1] * 100,
+        {},
+    ],
     "nested_blocksize": [0, 16, None, 256.0, "256", 2**64],
     "nested_dtype": ["int8", None, 32],
     "nested_offset": [None, "2.5", [2.5], True, 10**400],
@@ -390,15 +408,29 @@ class TestHostileCheckpoints:
 
     @pytest.mark.parametrize(
         "text",
-        [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'{"quant_type": "nf4"', b"[" * 4000, b"1" * 4096, b" " * 5000, b'"nf4"'],
+        [
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"{}",
+            b"\xff\xfe",
+            b'{"quant_type": "nf4"',
+            b"[" * 4000,
+            b"1" * 4096,
+            b" " * 5000,
+            b'"nf4"',
+        ],
     )
     def test_what_is_not_the_json(self, text):
         _, stored = entries()
         stored[BLOB] = torch.tensor(list(text), dtype=torch.uint8)
-        with pytest.raises(CheckpointError, match="quant_state|quant_type"):
+        with pytest.raises(CheckpointError, match=r"quant_state|quant_type"):
             QuantState.from_dict(stored, "cpu")
 
-    @pytest.mark.parametrize("change", [lambda t: t.float(), lambda t: t[None], lambda t: t.to("meta"), lambda t: t.to(torch.int8)])
+    @pytest.mark.parametrize(
+        "change", [lambda t: t.float(), lambda t: t[None], lambda t: t.to("meta"), lambda t: t.to(torch.int8)]
+    )
     def test_json_in_the_wrong_kind_of_tensor(self, change):
         _, stored = entries()
         stored[BLOB] = change(stored[BLOB])
@@ -432,7 +464,9 @@ class TestHostileCheckpoints:
             QuantState.from_dict(stored, "cpu")
 
     @pytest.mark.parametrize("name", ["quant_map", "nested_quant_map"])
-    @pytest.mark.parametrize("change", [lambda t: t + 0.1, lambda t: t.flip(0), lambda t: t * float("nan"), torch.zeros_like])
+    @pytest.mark.parametrize(
+        "change", [lambda t: t + 0.1, lambda t: t.flip(0), lambda t: t * float("nan"), torch.zeros_like]
+    )
     def test_tables_of_another_format(self, name, change):
         _, stored = entries()
         stored[name] = change(stored[name])

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import halfbyte
-from halfbyte import functional as F, quantize_model
+from halfbyte import functional as F
+from halfbyte import quantize_model
 from halfbyte.errors import ArgumentError, DtypeError
 from halfbyte.nn import Linear4bit
 
@@ -77,7 +78,12 @@ def test_replaces_linear_layers_in_place(device):
 @pytest.mark.parametrize("blocksize", [64, 256])
 def test_options_reach_the_layers(quant_type, double, storage, blocksize):
     model = quantize_model(
-        Model(), quant_type, double_quant=double, blocksize=blocksize, compute_dtype=torch.bfloat16, quant_storage=storage
+        Model(),
+        quant_type,
+        double_quant=double,
+        blocksize=blocksize,
+        compute_dtype=torch.bfloat16,
+        quant_storage=storage,
     )
     weight = model.layers[0].up.weight
     assert (weight.quant_type, weight.compress_statistics, weight.blocksize) == (quant_type, double, blocksize)
@@ -208,7 +214,10 @@ def test_progress_by_function():
     assert {name for _, _, name in seen} == ALL | {""}
 
 
-@pytest.mark.parametrize(("progress", "terminal", "shown"), [(None, False, False), (None, True, True), (True, False, True), (False, True, False)])
+@pytest.mark.parametrize(
+    ("progress", "terminal", "shown"),
+    [(None, False, False), (None, True, True), (True, False, True), (False, True, False)],
+)
 def test_a_bar_only_where_it_is_wanted(capsys, monkeypatch, progress, terminal, shown):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)

@@ -201,6 +201,10 @@ def test_generating(ids, device):
     assert written.shape == (1, 28)
     static = model.generate(prompt, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(written, static)
+    if device == "cuda":  # where generate compiles by itself
+        compiled = model.generate(prompt, cache_implementation="static", **options)
+        assert compiled.shape == written.shape
+        assert torch.equal(compiled[:, :17], written[:, :17])
     # The first token is the one that the logits say.
     assert written[0, 16] == logits(model, ids[:, :16])[0, -1].argmax()
 

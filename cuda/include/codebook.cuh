@@ -16,6 +16,15 @@ __constant__ float CODE_VALUES[2][16] = {
 __constant__ u8 CODE_BY_VALUE[2][16] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
                                         {11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3}};
 
+// Decision points as bitsandbytes' CUDA code has them, so that its bytes come out. They are the midpoints between neighbours to
+// within an ulp or (FP4's sixth) a few; its CPU code takes the fp32 midpoints, and so does ours.
+__constant__ float NF4_POINTS[15] = {-0.8480964004993439f,  -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f,
+                                     -0.23460740596055984f, -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f,
+                                     0.1202552504837513f,   0.2035212516784668f,  0.2920137718319893f,  0.3893125355243683f,
+                                     0.5016634166240692f,   0.6427869200706482f,  0.8614784181118011f};
+// On |x|, rising.
+__constant__ float FP4_POINTS[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f, 0.8333333f};
+
 // The fp32 table lookup: value of code q for this lane at table[q * 32 + lane], one copy a bank, so that 32 lanes with 32
 // different codes never collide. 2 KB.
 struct ValueTable {
@@ -43,16 +52,16 @@ struct EncodeTable {
     uint2* entries;
     static constexpr u32 BUCKETS = 33, COPIES = 16, SIZE = BUCKETS * COPIES;
 
-    // Bucket of x̂ = x · inverse, for inverse16 = 16 · inverse: rising in x, in range for every |x̂| ≤ 1 + 2 ulp (which 2^-17 more
-    // than 16 is for: −1 − 2 ulp must not come out below 0), and 0 for NaN. No point is as near to the border of its bucket as
-    // the rounding here, so it need not be that of x̂.
-    static DEVICE u32 bucket(float x, float inverse16) { return u32(__float2int_rd(fmaf(x, inverse16, 16.f + 0x1p-17f))); }
+    // Bucket of x̂ = x · inverse, for inverse16 = 16 · inverse: rising in x, in range for every |x| ≤ absmax (two ulps more than
+    // 16 are added because −absmax · inverse may be an ulp or two below −1), and 0 for NaN. No point is as near to the border of its
+    // bucket as the rounding here, so it need not be that of x̂.
+    static DEVICE u32 bucket(float x, float inverse16) { return u32(__float2int_rd(fmaf(x, inverse16, 16.f + 0x1p-18f))); }
 
     // A value goes up when it is above the point. For FP4 the rule is on |x|, strictly: on the negative side a value on the
     // point stays at the smaller magnitude, so the point moves down by one ulp there.
     static DEVICE float point(u32 kind, u32 i) {
-        float p = (CODE_VALUES[kind][CODE_BY_VALUE[kind][i]] + CODE_VALUES[kind][CODE_BY_VALUE[kind][i + 1]]) / 2;
-        return kind != NF4 && p < 0 ? as_float(as_bits(p) + 1) : p;
+        if (kind == NF4) return NF4_POINTS[i];
+        return i < 7 ? as_float(as_bits(-FP4_POINTS[6 - i]) + 1) : i == 7 ? 0.f : FP4_POINTS[i - 8];
     }
 
     DEVICE void fill(u32 kind) const {

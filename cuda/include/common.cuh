@@ -119,9 +119,14 @@ PAIRED_MAGNITUDE(Bf16, "bf16")
 PAIRED_MAGNITUDE(F16, "f16")
 #endif
 
-// x̂ = x / absmax into [−1, 1]; NaN becomes 1. `inverse` is 1 / max(absmax, 1e-38).
+// x̂ = x / absmax into [−1, 1]; NaN becomes 1. `inverse` is 1 / absmax, finite for 0.
 DEVICE float clamp_unit(float x) { return fmaxf(fminf(x, 1.f), -1.f); }
-DEVICE float inverse_of(float absmax) { return __frcp_rn(fmaxf(absmax, 1e-38f)); }
+// The approximate reciprocal (an ulp at the most) is what bitsandbytes' CUDA code has, so that x̂ is the same to the bit.
+DEVICE float inverse_of(float absmax) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaxf(absmax, 0x1p-126f)));
+    return r;
+}
 
 // Scales of a tensor's blocks. Plain: absmax[i], fp32. Nested (double quantization):
 //   map[codes[i]] * nested[i >> nested_shift] + *offset       two roundings, as the format's other readers compute it

@@ -125,10 +125,10 @@ class Linear4bit(torch.nn.Linear):
         ArgumentError
             If the weight is not quantized yet.
         """
-        # nn.Module.__getattr__ costs as much as a tenth of a small layer's whole forward; it is for replaced parameters.
+        # nn.Module.__getattr__ costs a tenth of a small layer's whole forward; it is for parameters that were replaced.
         parameters = self._parameters
-        weight: Any = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         state = getattr(weight, "quant_state", None)
         if state is None:
             state = self._state_of_module()
