@@ -71,15 +71,15 @@ def wall_ms(call: Call, repeats: int = 9) -> float:
     return statistics.median(times)
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """Machine, versions and commit that a figure belongs to."""
+def provenance(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions and commit that a figure belongs to; the commit is given where the tree has no history."""
     root = Path(__file__).resolve().parent.parent
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": git.stdout.strip() or None,
+        "commit": commit or git.stdout.strip() or None,
     }
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
@@ -106,17 +106,15 @@ def peers() -> dict[str, Any]:
 class Report:
     """Prints each row as it comes and writes it as a JSON line."""
 
-    def __init__(self, path: Path | None, device: str) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.path = path
-        self.facts = provenance(device)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"provenance": self.facts}) + "\n", encoding="utf-8")
+    def __init__(self, options: argparse.Namespace, device: str) -> None:
+        self.path: Path | None = options.out
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            facts = provenance(device, options.commit)
+            self.path.write_text(json.dumps({"provenance": facts}) + "\n", encoding="utf-8")
 
     def add(self, **row: Any) -> None:
         """One measurement."""
-        self.rows.append(row)
         line = json.dumps(row)
         print(line, flush=True)
         if self.path is not None:
@@ -128,5 +126,6 @@ def arguments(description: str) -> argparse.Namespace:
     """Command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="JSON lines file to write")
+    parser.add_argument("--commit", help="what the figures are of, where git cannot say")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     return parser.parse_args()

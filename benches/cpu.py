@@ -42,4 +42,4 @@ def main(report: Report) -> None:
 if __name__ == "__main__":
     options = arguments(__doc__)
     with torch.inference_mode():
-        main(Report(options.out, "cpu"))
+        main(Report(options, "cpu"))

@@ -77,6 +77,6 @@ def stream_us(call: Call, repeats: int = 4) -> float:
 
 if __name__ == "__main__":
     options = arguments(__doc__)
-    report = Report(options.out, "cuda")
+    report = Report(options, "cuda")
     matmul(report, options.quick)
     elementwise(report)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -282,6 +284,49 @@ def test_captured_in_a_graph():
         replayed = out.clone()
         _native.matmul_4bit(x, packed, absmax, out, "nf4", 64)
         assert torch.equal(replayed, out)
+
+
+def test_first_use_inside_a_capture():
+    """Images are loaded at first use, which may be while a graph is being captured."""
+    program = """
+import torch
+from halfbyte import _native
+w = torch.randn(64 * 128, device="cuda")
+x = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16)
+packed = torch.empty(64 * 64, dtype=torch.uint8, device="cuda")
+absmax = torch.empty(128, device="cuda")
+out = torch.zeros(4, 64, dtype=torch.bfloat16, device="cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    _native.quantize_4bit(w, packed, absmax, "nf4", 64)
+    _native.matmul_4bit(x, packed, absmax, out, "nf4", 64)
+graph.replay()
+torch.cuda.synchronize()
+dense = torch.empty(64, 128, device="cuda")
+_native.dequantize_4bit(packed, absmax, dense, "nf4", 64)
+assert torch.allclose(out.float(), x.float() @ dense.t(), atol=0.3, rtol=0.02) and out.abs().max() > 1
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_other_devices_than_the_current_one():
+    w = torch.randn(64 * 128)
+    want, want_absmax = quantize(w.cuda(), "nf4", 64)
+    for current, device in ((0, 1), (1, 0), (1, 1)):
+        with torch.cuda.device(current):
+            got, absmax = quantize(w.to(f"cuda:{device}"), "nf4", 64)
+            x = torch.randn(4, 128, device=f"cuda:{device}", dtype=torch.bfloat16)
+            out = torch.empty(4, 64, device=f"cuda:{device}", dtype=torch.bfloat16)
+            _native.matmul_4bit(x, got, absmax, out, "nf4", 64)
+            assert torch.cuda.current_device() == current
+            torch.empty(1, device="cuda").add_(1)  # torch itself still works where it thinks it is
+            assert torch.equal(got.cpu(), want.cpu())
+            assert torch.equal(absmax.cpu(), want_absmax.cpu())
+            dense = dequantize(got.cpu(), absmax.cpu(), 64 * 128, "nf4", 64, torch.float32).view(64, 128)
+            assert torch.allclose(out.cpu().float(), x.cpu().float() @ dense.t(), atol=0.3, rtol=0.02)
 
 
 def test_threads_share_kernels():

@@ -35,7 +35,6 @@ _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 _tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _plain = ops.PLAIN_TENSORS
 _most_rows_cuda = ops.CUDA_FUSED_MAX_M
-_most_rows_cpu = ops.CPU_FUSED_MAX_M
 
 
 def matmul_4bit(A: Any, B: Any, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None) -> Any:
@@ -96,13 +95,12 @@ def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | No
     try:
         n, k = state.shape
         *batch, inner = A.shape
-        if inner != k:  # the core knows K from A only
+        if inner != k or not k:  # the core knows K from A only
             return None
-        rows = A.numel() // k
         if A.is_cuda:
-            if rows > _most_rows_cuda:
+            if A.numel() > _most_rows_cuda * k:
                 return None
-        elif A.is_cpu and rows <= _most_rows_cpu:
+        elif A.is_cpu:
             _set_num_threads(_get_num_threads())
         else:
             return None
@@ -124,7 +122,7 @@ def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | No
                 state.offset,
                 state2.blocksize,
             )
-    except (ArgumentError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
+    except (ArgumentError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
         return None
     return out
 
