@@ -205,7 +205,7 @@ def check_matmul(m, n, k, dtype, kind="nf4", block=64, nested=False, bias=False,
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_matmul_shapes(dtype, nested, kind):
-    for m in (1, 2, 3, 8, 9, 16):
+    for m in (1, 2, 3, 8, 9, 16, 17, 25, 32):
         for n, k in ((16, 64), (17, 128), (1, 64), (100, 192), (129, 320), (256, 1024), (4096, 256), (33, 14336)):
             check_matmul(m, n, k, dtype, kind, 64, nested, bias=n % 2 == 0, seed=m * n)
 
@@ -241,7 +241,7 @@ def test_matmul_empty_and_too_many_rows():
         out = torch.empty(m, 64, dtype=torch.bfloat16, device="cuda")
         _native.matmul_4bit(torch.empty(m, 64, dtype=torch.bfloat16, device="cuda"), packed, absmax, out, "nf4", 64)
     with pytest.raises(errors.ShapeError, match="x: expected shape at most"):
-        x = torch.empty(17, 64, dtype=torch.bfloat16, device="cuda")
+        x = torch.empty(33, 64, dtype=torch.bfloat16, device="cuda")
         _native.matmul_4bit(x, packed, absmax, torch.empty_like(x), "nf4", 64)
 
 

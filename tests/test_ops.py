@@ -90,16 +90,19 @@ def test_opcheck_blockwise(device, dtype):
 @pytest.mark.parametrize("shape", [(64,), (2, 64), (2, 3, 64), (33, 64)])
 def test_gradients_are_those_of_the_dense_layer(device, dtype, nested, shape):
     packed, state = weight(device, dtype, nested=nested)
-    dense = F.dequantize_4bit(packed, state)
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     bias = torch.randn(48, device=device).to(dtype).requires_grad_()
     out = halfbyte.matmul_4bit(x, packed, state, bias=bias)
     upstream = torch.randn_like(out)
-    got = torch.autograd.grad(out, (x, bias), upstream)
-    expected = torch.autograd.grad(torch.nn.functional.linear(x, dense, bias), (x, bias), upstream)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine, theirs)
+    for_x, for_bias = torch.autograd.grad(out, (x, bias), upstream)
+    assert for_x.dtype == for_bias.dtype == dtype
+    state.dtype = torch.float32
+    dense, up = F.dequantize_4bit(packed, state).double(), upstream.double()
+    # A rounding of the weight to dtype, where the product is done in it, and one of the result.
+    eps = {torch.float32: 3e-7, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}[dtype]
+    assert (for_x - up @ dense).abs().max() <= eps * (up.abs() @ dense.abs()).max()
+    rows = up.view(-1, 48)
+    assert (for_bias - rows.sum(0)).abs().max() <= eps * rows.abs().sum(0).max()
 
 
 def test_gradients_where_only_one_is_wanted(device):

@@ -1,4 +1,4 @@
-// out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] for M ≤ 16 straight from packed 4-bit weights, on the tensor cores.
+// out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] for small M straight from packed 4-bit weights, on the tensor cores.
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
@@ -25,6 +25,9 @@
 // number so that neither the copies nor the 8-byte reads collide. Scales come through registers a tile ahead (nested ones are
 // decoded on the way) into the same stage. No barrier of the block until the end: then the partial sums of the warps, which lie
 // in shared memory, are added in fixed order, so that results are equal from run to run.
+//
+// More than 16 tokens: another row of blocks for each 16 of them (grid.y), on the same weights at about the same time, so that
+// all rows but the first find them in the L2.
 //
 // Bytes: N·K / 2 + scales + 2·M·K (from L2) a block + 2·M·N. From sm_80 and PTX 7.4 on.
 #include "codebook.cuh"
@@ -92,6 +95,12 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
     u8* ring = dynamic + warp * (STAGES * STAGE);
     float* sums = reinterpret_cast<float*>(dynamic + warps * (STAGES * STAGE));  // [warp][tile][column][lane][4]
     float* my_sums = sums + warp * tiles_per_pass * (COLUMNS * TILE_FLOATS) + lane * 4;
+
+    // This row of blocks has tokens of its own.
+    const u32 first_m = blockIdx.y * (8 * COLUMNS);
+    M = min(M - first_m, 8u * COLUMNS);
+    x += u64(first_m) * K;
+    out += u64(first_m) * N;
 
     // This warp's share of K, in blocks of 64.
     const u32 blocks = K / 64, share = (blocks + warps - 1) / warps;
@@ -298,7 +307,7 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
                                u32 nested_shift,                                                                                \
                                const ELEMENT* bias,     /* [N] or null */                                                       \
                                ELEMENT* out,            /* [M, N] */                                                            \
-                               u32 M, u32 N, u32 K,     /* M ≤ 8·columns, K % 64 = 0 */                                         \
+                               u32 M, u32 N, u32 K,     /* M ≤ 8·columns·grid.y, K % 64 = 0 */                                        \
                                u32 log2_block,          /* 6 … 12 */                                                            \
                                u64 values0, u64 values1, u64 values2, u64 values3, /* the code's 16 values, 16 bits each */     \
                                float ungain,            /* what the sums are multiplied with: 1 / the gain of the values */     \

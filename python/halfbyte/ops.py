@@ -276,8 +276,8 @@ def run_matmul_4bit(
     _check_matmul("A", A, n, k, bias)
     A = A.contiguous()
     statistics = (nested_absmax, nested_code, nested_offset, nested_blocksize)
-    # On the CPU, packed bytes are the faster way for any number of rows. 4096², two cores with AVX2, against dequantizing
-    # and F.linear: 1.8 ms to 37 for one row, 28 to 61 for 128, 205 to 226 for 1024 in fp32; 27 to 217 for 128 in bf16.
+    # On the CPU, packed bytes are faster for any number of rows. 4096², two cores with AVX2, against dequantizing and
+    # F.linear: 1.8 ms to 37 for one row, 28 to 61 for 128, 205 to 226 for 1024 in fp32; 27 to 217 for 128 in bf16.
     if A.is_cuda and n and k and prod(A.shape[:-1]) > CUDA_FUSED_MAX_M:
         weight = run_dequantize_4bit(B, absmax, blocksize, quant_type, (n, k), A.dtype, *statistics)
         with _no_autocast(A), _exact_fp32(A):

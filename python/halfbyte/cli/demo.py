@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ = 512
 """Tokens that the speed measurement reads before it writes."""
-CPU_TEXTS = 4
-"""Texts that perplexity is measured on, on a CPU, unless asked for more: bf16 is slow where the processor lacks it."""
 HELDOUT = "heldout.json"
 
 
@@ -115,14 +113,15 @@ class Demo:
         self.device = _device(arguments.device)
         self.dtype = DTYPES[arguments.dtype]
         texts = measure.read_texts(_text_file(arguments))
-        limit = arguments.limit_texts or (CPU_TEXTS if self.device.type == "cpu" else len(texts))
-        self.texts, self.all_texts = min(limit, len(texts)), len(texts)
+        self.all_texts = len(texts)
+        texts = texts[: arguments.limit_texts]
+        self.texts = len(texts)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
         config = transformers.AutoConfig.from_pretrained(arguments.model)
         if getattr(config, "quantization_config", None) is not None:
             raise HalfbyteError(f"{arguments.model} is quantized already: give the original model")
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.windows = measure.windows(self.tokenizer, texts[: self.texts], context)
+        self.windows = measure.windows(self.tokenizer, texts, context)
         self.read = self.windows[0][:, : min(READ, (context or READ) // 2)]
 
     def about(self) -> dict[str, Any]:

@@ -23,10 +23,9 @@ def show(about: dict[str, Any], original: Figures, quantized: Figures, reload: R
     table.add_column(quantized.scheme, justify="right", style="bold")
     table.add_column("", justify="right")
 
-    part = about["texts"] < about["all_texts"]
-    texts = f"the first {about['texts']} of {about['all_texts']} texts" if part else f"{about['texts']} text(s)"
+    part = f" of the first {about['texts']} texts" if about["texts"] < about["all_texts"] else ""
     table.add_row(
-        f"perplexity, {texts}",
+        f"perplexity, {about['tokens']:,} tokens{part}",
         f"{original.perplexity:.4f}",
         f"{quantized.perplexity:.4f}",
         f"{100 * (quantized.perplexity / original.perplexity - 1):+.1f} %",
@@ -59,8 +58,7 @@ def show(about: dict[str, Any], original: Figures, quantized: Figures, reload: R
         console.print(Text(f"\n{figures.scheme} continues the prompt:", style="bold"))
         console.print(Text(prompt, style="dim") + Text(figures.text), soft_wrap=True)
     versions = ", ".join(f"{name} {about[name]}" for name in ("halfbyte", "torch", "transformers"))
-    hint = f" (--limit-texts {about['all_texts']} takes all)" if part else ""
-    console.print(Text(f"\nperplexity over {about['tokens']:,} tokens{hint}; {versions}", style="dim"), soft_wrap=True)
+    console.print(Text(f"\n{versions}", style="dim"), soft_wrap=True)
 
 
 def _size(count: int) -> str:

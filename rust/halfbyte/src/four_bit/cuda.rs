@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::layout::check_four_bit_block;
 
 /// Most rows of activations that [`matmul`] takes. Beyond, dequantizing and a dense product is the better way.
-pub const MATMUL_MAX_ROWS: usize = 16;
+pub const MATMUL_MAX_ROWS: usize = 32;
 
 /// Elements that a block of threads takes at a time, in cuda/src/four_bit.cu.
 const QUANTIZE_SPAN: u64 = 4096;
@@ -57,7 +57,7 @@ static MATMUL_SIMT: [Kernel; 3] = [
     Kernel::new("four_bit_simt", "matmul_4bit_simt_f32"),
 ];
 
-/// By dtype, nested or not, and 8 or 16 rows.
+/// By dtype, nested or not, and 8 or 16 tokens a row of blocks.
 static MATMUL_MMA: [[[Kernel; 2]; 2]; 2] = [
     [
         [
@@ -264,8 +264,10 @@ impl MmaPlan {
         // Tiles of 8 tokens and stages of the two kernels.
         let (columns, stages) = if m > 8 { (2, 4) } else { (1, 6) };
         let ring = stages * Self::STAGE;
+        // A row of blocks for each 16 tokens; all rows together fill the GPU.
+        let rows = m.div_ceil(8 * columns as usize) as u32;
         let tiles = n.div_ceil(16) as u32;
-        let tiles_per_block = tiles.div_ceil(multiprocessors.max(1));
+        let tiles_per_block = tiles.div_ceil((multiprocessors / rows).max(1));
         let room = shared.saturating_sub(Self::TABLE + Self::MAP + 1024);
         // A warp has at least one step of 64 along K, and as many run as leave room for the sums of a tile each.
         let useful = (k / MMA_STEP).min(Self::MOST_WARPS) as u32;
@@ -276,7 +278,7 @@ impl MmaPlan {
         let tiles_per_pass = tiles_per_block.div_ceil(tiles_per_block.div_ceil(most));
         Self {
             launch: Launch {
-                grid: (tiles.div_ceil(tiles_per_block), 1),
+                grid: (tiles.div_ceil(tiles_per_block), rows),
                 threads: warps * 32,
                 shared: warps * (ring + tiles_per_pass * Self::TILE * columns),
             },
@@ -311,7 +313,7 @@ mod tests {
     fn plans_fit_every_gpu() {
         // Shared memory a block can have: H200, A100, A10 and consumer GPUs.
         for shared in [227 * 1024, 163 * 1024, 99 * 1024] {
-            for m in [1, 8, 9, 16] {
+            for m in [1, 8, 9, 16, 17, 32] {
                 for (n, k) in
                     [(1, 64), (16, 128), (4096, 4096), (14336, 4096), (28672, 8192), (1 << 20, 64), (100, 1 << 16)]
                 {
