@@ -15,7 +15,7 @@ import torch
 from common import Call, Report, arguments, eager_us, event_us, graph_us, peers
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (8192, 28672), (1024, 4096)]
-ROWS = [1, 2, 4, 8, 16, 64, 512, 4096]
+ROWS = [1, 4, 8, 16, 32, 64, 512, 4096]
 ROTATE_BYTES = 384 << 20
 
 
