@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Bound here because each saves a look-up a call.
 _run = _native.matmul_4bit
+_dequantize = _native.dequantize_4bit
 _set_num_threads = _native.set_num_threads
 _get_num_threads = torch.get_num_threads
 _grad_enabled = torch.is_grad_enabled
@@ -105,26 +106,25 @@ def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | No
         else:
             return None
         out = A.new_empty((*batch, n))
-        state2 = state.state2
-        if state2 is None or not state.nested:
-            _run(A, B, state.absmax, out, state.quant_type, state.blocksize, bias)
-        else:
-            _run(
-                A,
-                B,
-                state.absmax,
-                out,
-                state.quant_type,
-                state.blocksize,
-                bias,
-                state2.absmax,
-                state2.code,
-                state.offset,
-                state2.blocksize,
-            )
+        _run(A, B, state.absmax, out, state.quant_type, state.blocksize, bias, *_nested(state))
     except (ArgumentError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
         return None
     return out
+
+
+def _nested(state: Any) -> tuple[Any, ...]:
+    """Return the core's trailing arguments for nested statistics, unchecked; nothing for plain ones."""
+    state2 = state.state2
+    if state2 is None or not state.nested:
+        return ()
+    return state2.absmax, state2.code, state.offset, state2.blocksize
+
+
+def _dense(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor:
+    """Multiply by the dequantized weight: for many rows on CUDA."""
+    weight = A.new_empty(state.shape)
+    _dequantize(B, state.absmax, weight, state.quant_type, state.blocksize, *_nested(state))
+    return torch.nn.functional.linear(A, weight, bias)
 
 
 def statistics(state: QuantState, device: torch.device) -> tuple[Tensor, list[Any]]:

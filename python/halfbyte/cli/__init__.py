@@ -77,12 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--text", metavar="FILE", help="measure perplexity on this file: plain text, or .json with a list of texts"
     )
-    demo.add_argument(
-        "--limit-texts",
-        metavar="N",
-        type=_positive,
-        help="measure on the first N texts (default: all on CUDA, 4 on a CPU)",
-    )
+    demo.add_argument("--limit-texts", metavar="N", type=_positive, help="measure on the first N texts only")
     demo.add_argument("--scheme", choices=("nf4", "fp4"), default="nf4", help="4-bit format (default: nf4)")
     demo.add_argument("--no-double-quant", action="store_true", help="keep the block scales in fp32")
     demo.add_argument(

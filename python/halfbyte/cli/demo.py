@@ -241,7 +241,7 @@ def _device(name: str) -> torch.device:
             raise CudaUnavailableError("--device: torch finds no CUDA GPU; see `halfbyte doctor`")
         if (device.index or 0) >= torch.cuda.device_count():
             raise HalfbyteError(f"--device: there is no {name}, this machine has {torch.cuda.device_count()} GPU(s)")
-        torch.cuda.init()  # memory statistics cannot be reset before
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # memory statistics cannot be reset before
         device = torch.device("cuda", device.index or 0)
     return device
 

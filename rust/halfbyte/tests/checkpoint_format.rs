@@ -199,7 +199,7 @@ fn fields_that_do_not_fit_are_refused() {
         |s| s.block = 64,
         |s| s.shape = vec![10, 11],
         |s| s.shape = vec![usize::MAX, 2],
-        |s| drop(s.packed.pop()),
+        |s| s.packed.truncate(s.packed.len() - 1),
         |s| s.storage = Stored::F4,
         |s| s.scales = Scales::Plain(vec![1.0; 3]),
         |s| {

@@ -5,6 +5,7 @@
 //! to survive being written and read again.
 
 use std::cell::Cell;
+use std::fmt::Write as _;
 
 use half::bf16;
 use halfbyte::four_bit::Spec;
@@ -78,10 +79,9 @@ impl File {
         for entry in &self.0 {
             let end = at + entry.data.len();
             let comma = if at == 0 && header.len() == 1 { "" } else { "," };
-            header += &format!(
-                r#"{comma}"{}":{{"dtype":"{}","shape":{:?},"data_offsets":[{at},{end}]}}"#,
-                entry.name, entry.dtype, entry.shape
-            );
+            let Entry { name, dtype, shape, .. } = entry;
+            write!(header, r#"{comma}"{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{at},{end}]}}"#)
+                .expect("a String takes all");
             at = end;
         }
         header.push('}');
