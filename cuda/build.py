@@ -53,9 +53,12 @@ class Family:
 FAMILIES = [
     Family("four_bit", "four_bit.cu", (75, 80)),
     Family("four_bit_simt", "four_bit_simt.cu", (75, 80)),
-    Family("four_bit_mma_bf16", "four_bit_mma.cu", (80, 90), {"ELEMENT": "Bf16"}),
-    Family("four_bit_mma_f16", "four_bit_mma.cu", (80, 90), {"ELEMENT": "F16"}),
     Family("eight_bit", "eight_bit.cu", (75, 80)),
+]
+FAMILIES += [
+    Family(f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", (80, 90), {"ELEMENT": element, "TOKENS": str(tokens)})
+    for name, element in (("bf16", "Bf16"), ("f16", "F16"))
+    for tokens in (8, 16)
 ]
 
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.

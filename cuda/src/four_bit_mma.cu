@@ -2,7 +2,7 @@
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
-// Built once with ELEMENT = Bf16 and once with F16. One block of up to 8 warps per SM; it owns tiles_per_block tiles of 16 weight
+// Built with ELEMENT = Bf16 and F16, each with TOKENS = 8 and 16. One block of up to 8 warps per SM; it owns tiles_per_block tiles of 16 weight
 // rows, and its warps split K between them, so that each activation is read once a block and stays in registers for all tiles:
 //
 //              K →   warp 0     warp 1     …    warp 7
@@ -32,8 +32,8 @@
 // Bytes: N·K / 2 + scales + 2·M·K (from L2) a block + 2·M·N. From sm_80 and PTX 7.4 on.
 #include "codebook.cuh"
 
-#ifndef ELEMENT
-#error "compile with -DELEMENT=Bf16 or F16"
+#if !defined(ELEMENT) || !defined(TOKENS)
+#error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=8 or 16"
 #endif
 
 constexpr u32 STEP = 256;                             // weights of a row a stage: 128 bytes, a line
@@ -296,8 +296,11 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
     }
 }
 
-#define MATMUL(name, nested_form, columns, stages, threads)                                                                     \
-    KERNEL __launch_bounds__(threads, 1)                                                                                        \
+// What keeps 75 to 110 KB a block under way beside the sums. Eight warps, because activations of two steps take so many registers.
+constexpr int RING_STAGES = TOKENS == 8 ? 6 : 4;
+
+#define MATMUL(name, nested_form)                                                                                               \
+    KERNEL __launch_bounds__(256, 1)                                                                                            \
         matmul_4bit_mma_##name(const ELEMENT* x,        /* [M, K], 16-byte aligned */                                           \
                                const u8* packed,        /* [N·K / 2], 16-byte aligned */                                        \
                                const void* absmax,      /* fp32 [N·K >> log2_block], or u8 codes if nested */                   \
@@ -307,18 +310,21 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
                                u32 nested_shift,                                                                                \
                                const ELEMENT* bias,     /* [N] or null */                                                       \
                                ELEMENT* out,            /* [M, N] */                                                            \
-                               u32 M, u32 N, u32 K,     /* M ≤ 8·columns·grid.y, K % 64 = 0 */                                        \
+                               u32 M, u32 N, u32 K,     /* M ≤ TOKENS·grid.y, K % 64 = 0 */                                     \
                                u32 log2_block,          /* 6 … 12 */                                                            \
                                u64 values0, u64 values1, u64 values2, u64 values3, /* the code's 16 values, 16 bits each */     \
                                float ungain,            /* what the sums are multiplied with: 1 / the gain of the values */     \
                                u32 tiles_per_block,     /* tiles of 16 rows that a block owns */                                \
                                u32 tiles_per_pass) {    /* of them, as many as shared memory has sums for */                    \
-        matmul<ELEMENT, nested_form, columns, stages>(x, packed, Scales{absmax, nested, map, offset, nested_shift}, bias, out,  \
-                                                      M, N, K, log2_block, Values{{values0, values1, values2, values3}},        \
-                                                      ungain, tiles_per_block, tiles_per_pass);                                 \
+        matmul<ELEMENT, nested_form, TOKENS / 8, RING_STAGES>(                                                                  \
+            x, packed, Scales{absmax, nested, map, offset, nested_shift}, bias, out, M, N, K, log2_block,                       \
+            Values{{values0, values1, values2, values3}}, ungain, tiles_per_block, tiles_per_pass);                             \
     }
-// Stages: what keeps 75 to 110 KB a block under way beside the sums. Eight warps, because activations of two steps take so many registers.
-MATMUL(plain_m8, false, 1, 6, 256)
-MATMUL(plain_m16, false, 2, 4, 256)
-MATMUL(nested_m8, true, 1, 6, 256)
-MATMUL(nested_m16, true, 2, 4, 256)
+
+#if TOKENS == 8
+MATMUL(plain_m8, false)
+MATMUL(nested_m8, true)
+#else
+MATMUL(plain_m16, false)
+MATMUL(nested_m16, true)
+#endif

@@ -30,28 +30,10 @@ FLOAT_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 STORAGE_DTYPES: Final = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
 """Element types that packed bytes may be viewed as."""
 
-# Index order is code order. NF4 ascends; FP4 is sign, exponent, mantissa and so does not.
-_NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-# Code 8 is a plain zero in bitsandbytes' table, and so in every file: 0 - 0 and not -0.
-_FP4 = tuple(v / 12 for v in _FP4_TWELFTHS) + tuple((0 - v) / 12 for v in _FP4_TWELFTHS)
+# From the Rust core, in code order. Code 8 of FP4 is a plain zero in bitsandbytes' table, and so in every file: + 0.0
+# makes one of the core's -0.0 and changes nothing else.
+_NF4 = tuple(_native.code_values("nf4"))
+_FP4 = tuple(value + 0.0 for value in _native.code_values("fp4"))
 # Two tables that no kernel uses, for callers of get_4bit_type only.
 _AF4 = (
     1.0,

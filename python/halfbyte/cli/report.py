@@ -36,7 +36,8 @@ def show(about: dict[str, Any], original: Figures, quantized: Figures, reload: R
         ("checkpoint on disk", original.checkpoint_bytes, quantized.checkpoint_bytes),
     ]:
         if large is not None and small is not None:
-            table.add_row(name, _size(large), _size(small), f"{large / small:.2f}x smaller")
+            change = f"{large / small:.2f}x smaller" if small <= large else f"{small / large:.2f}x larger"
+            table.add_row(name, _size(large), _size(small), change)
     if quantized.bits_a_weight is not None:
         table.add_row("bits a quantized weight", "", f"{quantized.bits_a_weight:.3f}", "")
     for name, before, after in [

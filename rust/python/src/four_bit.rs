@@ -18,6 +18,12 @@ fn parse_kind(name: &str) -> Result<Kind, Error> {
     })
 }
 
+/// The 16 values of a 4-bit code, in code order.
+#[pyfunction]
+pub(crate) fn code_values(quant_type: &str) -> PyResult<[f32; 16]> {
+    parse_kind(quant_type).map(|kind| *kind.values()).map_err(raise)
+}
+
 /// Runs `$body` with `$T` bound to the Rust type of a [`Dtype`].
 macro_rules! with_type {
     ($dtype:expr, $T:ident => $body:expr) => {

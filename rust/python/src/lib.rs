@@ -13,7 +13,7 @@ mod _native {
     #[pymodule_export]
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
     #[pymodule_export]
-    use super::four_bit::{dequantize_4bit, matmul_4bit, quantize_4bit};
+    use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
 

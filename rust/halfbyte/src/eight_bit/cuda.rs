@@ -1,6 +1,6 @@
 //! Blockwise 8-bit quantization on CUDA.
 
-use crate::device::cuda::{Arguments, Kernel, Pointer, Stream, THREADS};
+use crate::device::cuda::{Arguments, Kernel, Pointer, Stream, THREADS, dtype_index};
 use crate::element::Dtype;
 use crate::error::{Error, Result};
 
@@ -18,14 +18,6 @@ static DEQUANTIZE: [Kernel; 3] = [
     Kernel::new("eight_bit", "dequantize_8bit_f16"),
     Kernel::new("eight_bit", "dequantize_8bit_f32"),
 ];
-
-const fn dtype_index(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::Bf16 => 0,
-        Dtype::F16 => 1,
-        Dtype::F32 => 2,
-    }
-}
 
 fn aligned(a: Pointer, b: Pointer) -> u32 {
     u32::from(a.is_multiple_of(16) && b.is_multiple_of(16))

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::codebook::Kind;
-use crate::device::cuda::{Absmax, Arguments, Kernel, Launch, Pointer, Stream, THREADS, device};
+use crate::device::cuda::{Absmax, Arguments, Kernel, Launch, Pointer, Stream, THREADS, device, dtype_index};
 use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::layout::check_four_bit_block;
@@ -23,14 +23,6 @@ const fn kind_number(kind: Kind) -> u32 {
     match kind {
         Kind::Nf4 => 0,
         Kind::Fp4 => 1,
-    }
-}
-
-const fn dtype_index(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::Bf16 => 0,
-        Dtype::F16 => 1,
-        Dtype::F32 => 2,
     }
 }
 
@@ -61,22 +53,22 @@ static MATMUL_SIMT: [Kernel; 3] = [
 static MATMUL_MMA: [[[Kernel; 2]; 2]; 2] = [
     [
         [
-            Kernel::new("four_bit_mma_bf16", "matmul_4bit_mma_plain_m8"),
-            Kernel::new("four_bit_mma_bf16", "matmul_4bit_mma_plain_m16"),
+            Kernel::new("four_bit_mma_bf16_m8", "matmul_4bit_mma_plain_m8"),
+            Kernel::new("four_bit_mma_bf16_m16", "matmul_4bit_mma_plain_m16"),
         ],
         [
-            Kernel::new("four_bit_mma_bf16", "matmul_4bit_mma_nested_m8"),
-            Kernel::new("four_bit_mma_bf16", "matmul_4bit_mma_nested_m16"),
+            Kernel::new("four_bit_mma_bf16_m8", "matmul_4bit_mma_nested_m8"),
+            Kernel::new("four_bit_mma_bf16_m16", "matmul_4bit_mma_nested_m16"),
         ],
     ],
     [
         [
-            Kernel::new("four_bit_mma_f16", "matmul_4bit_mma_plain_m8"),
-            Kernel::new("four_bit_mma_f16", "matmul_4bit_mma_plain_m16"),
+            Kernel::new("four_bit_mma_f16_m8", "matmul_4bit_mma_plain_m8"),
+            Kernel::new("four_bit_mma_f16_m16", "matmul_4bit_mma_plain_m16"),
         ],
         [
-            Kernel::new("four_bit_mma_f16", "matmul_4bit_mma_nested_m8"),
-            Kernel::new("four_bit_mma_f16", "matmul_4bit_mma_nested_m16"),
+            Kernel::new("four_bit_mma_f16_m8", "matmul_4bit_mma_nested_m8"),
+            Kernel::new("four_bit_mma_f16_m16", "matmul_4bit_mma_nested_m16"),
         ],
     ],
 ];
@@ -293,7 +285,9 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
     DEQUANTIZE[dtype_index(dtype)].load(ordinal)?;
     MATMUL_SIMT[dtype_index(dtype)].load(ordinal)?;
     if dtype != Dtype::F32 && device(ordinal)?.capability >= 80 {
-        MATMUL_MMA[dtype_index(dtype)][0][0].load(ordinal)?;
+        for kernel in &MATMUL_MMA[dtype_index(dtype)][0] {
+            kernel.load(ordinal)?;
+        }
     }
     Ok(())
 }

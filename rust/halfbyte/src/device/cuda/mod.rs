@@ -11,6 +11,8 @@ pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
 
 use std::ffi::c_void;
 
+use crate::element::Dtype;
+
 /// A stream of a device, by raw handle: `CUstream` of any CUDA binding. The null handle is the legacy default stream.
 #[derive(Debug, Clone, Copy)]
 pub struct Stream {
@@ -41,6 +43,15 @@ pub enum Absmax {
         /// Codes to a nested scale, as a power of two.
         log2_block: u32,
     },
+}
+
+/// Place of an element type in tables of kernels: bf16, fp16, fp32.
+pub(crate) const fn dtype_index(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::Bf16 => 0,
+        Dtype::F16 => 1,
+        Dtype::F32 => 2,
+    }
 }
 
 impl Absmax {
