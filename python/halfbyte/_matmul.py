@@ -100,7 +100,8 @@ def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | No
             return None
         if A.is_cuda:
             if A.numel() > _most_rows_cuda * k:
-                return None
+                # fp32 takes the general way, which has a guard against TF32.
+                return None if A.dtype is torch.float32 else _dense(A, B, state, bias)
         elif A.is_cpu:
             _set_num_threads(_get_num_threads())
         else:
