@@ -4,9 +4,10 @@ use halfbyte::device::cpu;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-/// Threads that CPU operations use from now on.
+/// Threads that CPU operations use from now on: as many as this, torch's own where possible.
 #[pyfunction]
 pub(crate) fn set_num_threads(threads: usize) {
+    crate::openmp::share_threads();
     cpu::set_threads(threads);
 }
 

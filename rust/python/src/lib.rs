@@ -5,6 +5,7 @@ mod eight_bit;
 mod errors;
 mod four_bit;
 mod info;
+mod openmp;
 
 use pyo3::prelude::*;
 

@@ -5,7 +5,7 @@ pub(crate) mod avx2;
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{LazyLock, OnceLock};
+use std::sync::{LazyLock, Mutex, OnceLock};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -116,8 +116,41 @@ pub(crate) fn share(units: usize, grain: usize) -> usize {
     units.div_ceil(threads()).max(grain).max(1)
 }
 
-/// Runs `body` on every task, the first on the caller's thread and the others on the pool. Returns when all are done.
+/// Threads of the host program to work on: calls its second argument once with each number below its first, from any
+/// threads, and returns true when all calls have returned; or false at once, and then the pool of this crate does the work.
+pub type Executor = fn(usize, &(dyn Fn(usize) + Sync)) -> bool;
+
+static EXECUTOR: OnceLock<Executor> = OnceLock::new();
+
+/// Has operations work on threads of the host program from now on; the first one to be set stays.
+///
+/// Two pools in one process fight for the cores: OpenMP's threads spin for a while after each of torch's operations, and a
+/// thread of ours has to be woken, which for a small product takes longer than the product.
+pub fn set_executor(executor: Executor) {
+    EXECUTOR.get_or_init(|| executor);
+}
+
+/// Runs `body` on every task, on the threads of the executor if there is one. Returns when all are done.
 pub(crate) fn for_each_task<T: Send>(tasks: Vec<T>, body: impl Fn(T) + Sync) {
+    match EXECUTOR.get() {
+        Some(executor) if tasks.len() > 1 => {
+            let slots: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+            let run = |i: usize| {
+                if let Some(task) = slots[i].lock().ok().and_then(|mut slot| slot.take()) {
+                    body(task);
+                }
+            };
+            if !executor(slots.len(), &run) {
+                let left = slots.into_iter().filter_map(|slot| slot.into_inner().ok().flatten());
+                for_each_on_pool(left.collect(), body);
+            }
+        }
+        _ => for_each_on_pool(tasks, body),
+    }
+}
+
+/// The first task on the caller's thread, the others on the pool.
+fn for_each_on_pool<T: Send>(tasks: Vec<T>, body: impl Fn(T) + Sync) {
     let parallel = if tasks.len() > 1 { pool() } else { None };
     let Some(pool) = parallel else {
         return tasks.into_iter().for_each(body);
@@ -185,6 +218,24 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         for count in [0, 1, 2, 7, 100] {
+            let ran: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+            for_each_task(ran.iter().collect(), |counter| {
+                counter.fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(ran.iter().all(|counter| counter.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn an_executor_gets_every_task_or_leaves_them_all() {
+        fn takes(count: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
+            // A prime count is left to the pool, so that both ways run whatever the order of the tests.
+            let taken = count != 7;
+            (0..count).filter(|_| taken).for_each(task);
+            taken
+        }
+        set_executor(takes);
+        for count in [2, 7, 100] {
             let ran: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
             for_each_task(ran.iter().collect(), |counter| {
                 counter.fetch_add(1, Ordering::Relaxed);
