@@ -41,28 +41,33 @@ DRIVERS = {"7.8": 520, "8.0": 525}
 
 @dataclass(frozen=True)
 class Family:
-    """A source and the virtual architectures that it is compiled for."""
+    """A source and the virtual architectures that it is compiled for: `80`, or `90a` for what runs on that one alone."""
 
     name: str
     source: str
-    capabilities: tuple[int, ...]
+    capabilities: tuple[str, ...]
     defines: dict[str, str] = field(default_factory=dict)
     ptx_version: str = "8.0"
 
 
 FAMILIES = [
-    Family("four_bit", "four_bit.cu", (75, 80)),
-    Family("four_bit_simt", "four_bit_simt.cu", (75, 80)),
-    Family("eight_bit", "eight_bit.cu", (75, 80)),
+    Family("four_bit", "four_bit.cu", ("75", "80")),
+    Family("four_bit_simt", "four_bit_simt.cu", ("75", "80")),
+    Family("eight_bit", "eight_bit.cu", ("75", "80")),
 ]
 FAMILIES += [
-    Family(f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", (80, 90), {"ELEMENT": element, "TOKENS": str(tokens)})
+    Family(f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", ("80", "90"), {"ELEMENT": element, "TOKENS": str(tokens)})
     for name, element in (("bf16", "Bf16"), ("f16", "F16"))
     for tokens in (8, 16)
 ]
 
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.
-SERVES = {75: (75,), 80: (80, 86, 89, 90, 100, 120), 90: (90, 100, 120)}
+SERVES = {
+    "75": ("75",),
+    "80": ("80", "86", "89", "90", "100", "120"),
+    "90": ("90", "100", "120"),
+    "90a": ("90a",),
+}
 
 
 def install(tool: str) -> Path:
@@ -87,7 +92,7 @@ class Nvrtc:
     def _call(self, name: str, *arguments: object) -> int:
         return int(getattr(self.library, name)(*arguments))
 
-    def compile(self, family: Family, capability: int) -> str:
+    def compile(self, family: Family, capability: str) -> str:
         """PTX text of a family for compute_<capability>, its version lowered."""
         source = Path("cuda/src") / family.source
         program = ctypes.c_void_p()
@@ -136,7 +141,7 @@ def entries(ptx: str) -> dict[str, int]:
     return {name: parameters.count(".param") for name, parameters in found}
 
 
-def assemble(tool: str, ptx: str, sm: int) -> dict[str, tuple[int, int]]:
+def assemble(tool: str, ptx: str, sm: str) -> dict[str, tuple[int, int]]:
     """Registers and bytes of spill stores of every kernel, as ptxas -v says."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "image.ptx"
@@ -164,17 +169,19 @@ def build() -> tuple[dict[str, str], dict[str, dict[str, tuple[int, int]]]]:
     for family in FAMILIES:
         for capability in family.capabilities:
             name = f"{family.name}.compute_{capability}.ptx"
+            number, specific = int(capability.rstrip("a")), capability.endswith("a")
             ptx = nvrtc.compile(family, capability)
             files[name] = ptx
             most: dict[str, tuple[int, int]] = {}
             for sm in SERVES[capability]:
-                if sm <= 90:
+                if int(sm.rstrip("a")) <= 90:
                     assemble("ptxas-12.0", ptx, sm)
                 for kernel, (used, spill) in assemble("ptxas-13.0", ptx, sm).items():
                     before = most.get(kernel, (0, 0))
                     most[kernel] = (max(used, before[0]), max(spill, before[1]))
             resources[name] = most
-            manifest += ["", "[[image]]", f'file = "{name}"', f'family = "{family.name}"', f"capability = {capability}"]
+            manifest += ["", "[[image]]", f'file = "{name}"', f'family = "{family.name}"', f"capability = {number}"]
+            manifest += [f"specific = {'true' if specific else 'false'}"]
             manifest += [f'ptx_version = "{family.ptx_version}"', f"oldest_driver = {DRIVERS[family.ptx_version]}"]
             manifest += [f'sha256 = "{digest(ptx.encode())}"', "[image.sources]"]
             for path in sorted(sources(Path("cuda/src") / family.source, set())):
@@ -185,8 +192,8 @@ def build() -> tuple[dict[str, str], dict[str, dict[str, tuple[int, int]]]]:
             images.append(
                 "    Image {\n"
                 f'        family: "{family.name}",\n'
-                f"        capability: {capability},\n"
-                "        specific: false,\n"
+                f"        capability: {number},\n"
+                f"        specific: {'true' if specific else 'false'},\n"
                 f'        ptx_version: "{family.ptx_version}",\n'
                 f'        ptx: concat!(include_str!("{name}"), "\\0"),\n'
                 "    },\n"

@@ -19,6 +19,7 @@ struct Entry {
     file: String,
     family: String,
     capability: u32,
+    specific: bool,
     ptx_version: String,
     sha256: String,
     sources: BTreeMap<String, String>,
@@ -57,13 +58,18 @@ fn embedded_images_are_those_of_the_manifest() {
     let entries = manifest().image;
     assert_eq!(entries.len(), IMAGES.len());
     for (entry, image) in entries.iter().zip(IMAGES) {
-        assert_eq!((entry.family.as_str(), entry.capability), (image.family, image.capability));
+        let target = (entry.family.as_str(), entry.capability, entry.specific);
+        assert_eq!(target, (image.family, image.capability, image.specific));
         assert_eq!(entry.ptx_version, image.ptx_version);
         let body = image.ptx.strip_suffix('\0').expect("the driver reads up to a NUL");
         assert!(!body.contains('\0'));
         assert_eq!(digest(body.as_bytes()), entry.sha256);
         assert!(body.contains(&format!("\n.version {}\n", entry.ptx_version)), "{}", entry.file);
-        assert!(body.contains(&format!("\n.target sm_{}\n", entry.capability)), "{}", entry.file);
+        assert!(
+            body.contains(&format!("\n.target sm_{}{}\n", entry.capability, if entry.specific { "a" } else { "" })),
+            "{}",
+            entry.file
+        );
         for (kernel, [parameters, ..]) in &entry.kernels {
             let start = body.find(&format!(".visible .entry {kernel}(")).unwrap_or_else(|| panic!("no entry {kernel}"));
             let signature = &body[start..start + body[start..].find(')').expect("a signature ends")];

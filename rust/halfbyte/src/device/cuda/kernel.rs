@@ -25,7 +25,7 @@ pub struct Kernel {
 /// Threads a block of the kernels that stride over their data.
 pub const THREADS: u32 = 256;
 
-/// Grid, block and dynamic shared memory of a launch.
+/// Grid, block, dynamic shared memory and attributes of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
     /// Blocks in x and y.
@@ -34,13 +34,39 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory, in bytes.
     pub shared: u32,
+    /// Blocks in x that form a cluster (compute capability 9.0); 1 for none.
+    pub cluster: u32,
+    /// Programmatic dependent launch (compute capability 9.0): the kernel may start while the one before it on the stream ends,
+    /// and must execute `griddepcontrol.wait` in every thread before it reads or writes what that one or an earlier one touches.
+    pub programmatic: bool,
 }
 
+impl Launch {
+    /// A launch without dynamic shared memory or attributes.
+    pub const fn new(grid: (u32, u32), threads: u32) -> Self {
+        Self { grid, threads, shared: 0, cluster: 1, programmatic: false }
+    }
+}
+
+/// Most arguments of a kernel.
+const MOST_ARGUMENTS: usize = 40;
+
 /// Arguments of a launch, gathered on the stack.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[repr(align(64))] // what a tensor map by value needs
 pub struct Arguments {
-    values: [u64; 24],
+    words: [u64; 128],
+    /// Where each argument begins.
+    starts: [u8; MOST_ARGUMENTS],
     len: usize,
+    used: usize,
+}
+
+impl Default for Arguments {
+    #[inline]
+    fn default() -> Self {
+        Self { words: [0; 128], starts: [0; MOST_ARGUMENTS], len: 0, used: 0 }
+    }
 }
 
 impl Arguments {
@@ -48,8 +74,22 @@ impl Arguments {
     #[inline]
     #[must_use]
     pub fn u64(mut self, value: Pointer) -> Self {
-        self.values[self.len] = value;
+        self.words[self.used] = value;
+        self.starts[self.len] = self.used as u8;
         self.len += 1;
+        self.used += 1;
+        self
+    }
+
+    /// Adds a struct of 64-bit words by value, at a multiple of 64 bytes: a tensor map, or a table of pointers.
+    #[inline]
+    #[must_use]
+    pub fn block(mut self, words: &[u64]) -> Self {
+        let at = self.used.next_multiple_of(8);
+        self.words[at..at + words.len()].copy_from_slice(words);
+        self.starts[self.len] = at as u8;
+        self.len += 1;
+        self.used = at + words.len();
         self
     }
 
@@ -91,7 +131,7 @@ impl Kernel {
     /// A launch of a block of [`THREADS`] threads for each of `blocks` blocks' worth of work: what light kernels want, whose
     /// blocks cost little to start and end at different times anyway.
     pub fn spread(blocks: u64) -> Launch {
-        Launch { grid: (blocks.clamp(1, i32::MAX as u64) as u32, 1), threads: THREADS, shared: 0 }
+        Launch::new((blocks.clamp(1, i32::MAX as u64) as u32, 1), THREADS)
     }
 
     /// The launch of a kernel without dynamic shared memory whose blocks of [`THREADS`] threads stride over `blocks` blocks'
@@ -110,7 +150,7 @@ impl Kernel {
             slot.store(resident, Ordering::Relaxed);
         }
         let most = u64::from(device.multiprocessors * resident);
-        Ok(Launch { grid: (blocks.clamp(1, most) as u32, 1), threads: THREADS, shared: 0 })
+        Ok(Launch::new((blocks.clamp(1, most) as u32, 1), THREADS))
     }
 
     /// Family and entry name.
@@ -175,11 +215,15 @@ impl Kernel {
         let device = device(stream.device)?;
         let _entered = device.enter()?;
         let handle = self.handle(device)?;
-        let mut pointers = [std::ptr::null_mut::<c_void>(); 24];
-        for (pointer, value) in pointers.iter_mut().zip(&mut arguments.values) {
-            *pointer = std::ptr::from_mut(value).cast();
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
+        for (pointer, start) in pointers.iter_mut().zip(&arguments.starts[..arguments.len]) {
+            *pointer = std::ptr::from_mut(&mut arguments.words[usize::from(*start)]).cast();
         }
-        // SAFETY: the handle is of a loaded module; the caller vouches for the arguments.
+        if launch.cluster > 1 || launch.programmatic {
+            // SAFETY: the handle is of a loaded module; the caller vouches for the arguments.
+            return unsafe { launch_with_attributes(handle, stream, launch, &mut pointers) };
+        }
+        // SAFETY: as above.
         unsafe {
             result::launch_kernel(
                 handle,
@@ -192,6 +236,43 @@ impl Kernel {
         }
         .named("cuLaunchKernel")
     }
+}
+
+/// # Safety
+/// As [`Kernel::launch`]; the pointers are those of the arguments.
+unsafe fn launch_with_attributes(
+    handle: sys::CUfunction,
+    stream: &Stream,
+    launch: Launch,
+    pointers: &mut [*mut c_void],
+) -> Result<()> {
+    use sys::CUlaunchAttributeID as Id;
+    let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+    let mut attributes = [
+        attribute(
+            Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: i32::from(launch.programmatic) },
+        ),
+        attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, sys::CUlaunchAttributeValue { clusterDim: cluster }),
+    ];
+    let config = sys::CUlaunchConfig {
+        gridDimX: launch.grid.0,
+        gridDimY: launch.grid.1,
+        gridDimZ: 1,
+        blockDimX: launch.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: launch.shared,
+        hStream: stream.handle.cast(),
+        attrs: attributes.as_mut_ptr(),
+        // The cluster is last, so that a launch without one leaves it away.
+        numAttrs: 1 + u32::from(launch.cluster > 1),
+    };
+    // SAFETY: the handle is of a loaded module; the caller vouches for the arguments.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, handle, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+        .result()
+        .named("cuLaunchKernelEx")
 }
 
 /// The image's module in the current context of `device`, loaded (and compiled by the driver) once.

@@ -1,0 +1,94 @@
+//! Quantize and dequantize: kernels of cuda/src/four_bit.cu.
+
+use crate::codebook::Kind;
+use crate::device::cuda::{Absmax, Arguments, Kernel, Pointer, Stream, dtype_index};
+use crate::element::Dtype;
+use crate::error::Result;
+use crate::layout::check_four_bit_block;
+
+use super::{aligned, kind_number};
+
+/// Elements that a block of threads takes at a time, in cuda/src/four_bit.cu.
+const QUANTIZE_SPAN: u64 = 4096;
+const DEQUANTIZE_SPAN: u64 = 8192;
+
+/// By dtype; blocks of up to 256, and wider ones.
+pub(super) static QUANTIZE: [[Kernel; 2]; 3] = [
+    [Kernel::new("four_bit", "quantize_4bit_bf16"), Kernel::new("four_bit", "quantize_4bit_wide_bf16")],
+    [Kernel::new("four_bit", "quantize_4bit_f16"), Kernel::new("four_bit", "quantize_4bit_wide_f16")],
+    [Kernel::new("four_bit", "quantize_4bit_f32"), Kernel::new("four_bit", "quantize_4bit_wide_f32")],
+];
+
+pub(super) static DEQUANTIZE: [Kernel; 3] = [
+    Kernel::new("four_bit", "dequantize_4bit_bf16"),
+    Kernel::new("four_bit", "dequantize_4bit_f16"),
+    Kernel::new("four_bit", "dequantize_4bit_f32"),
+];
+
+/// Quantizes `n` elements at `a` into `packed` (`(n + 1) / 2` bytes) and `absmax` (fp32, one a block of `block`).
+///
+/// # Safety
+/// The pointers must be device memory of the stream's device, of these sizes, until the stream has passed the launch.
+pub unsafe fn quantize(
+    stream: &Stream,
+    (a, dtype): (Pointer, Dtype),
+    n: usize,
+    kind: Kind,
+    block: usize,
+    packed: Pointer,
+    absmax: Pointer,
+) -> Result<()> {
+    check_four_bit_block(block)?;
+    if n == 0 {
+        return Ok(());
+    }
+    let log2_block = block.trailing_zeros();
+    let kernel = &QUANTIZE[dtype_index(dtype)][usize::from(block > 256)];
+    let launch = kernel.filling(stream.device, (n as u64).div_ceil(QUANTIZE_SPAN))?;
+    let mut arguments = Arguments::default()
+        .u64(a)
+        .u64(n as u64)
+        .u64(packed)
+        .u64(absmax)
+        .u32(log2_block)
+        .u32(kind_number(kind))
+        .u32(u32::from(aligned(&[(a, 16), (packed, 4)])));
+    // SAFETY: the arguments are those of `quantize_4bit_*` in cuda/src/four_bit.cu; the caller vouches for the pointers.
+    unsafe { kernel.launch(stream, launch, &mut arguments) }
+}
+
+/// Dequantizes `n` weights into `out`.
+///
+/// # Safety
+/// As [`quantize`].
+pub unsafe fn dequantize(
+    stream: &Stream,
+    packed: Pointer,
+    absmax: Absmax,
+    kind: Kind,
+    block: usize,
+    (out, dtype): (Pointer, Dtype),
+    n: usize,
+) -> Result<()> {
+    check_four_bit_block(block)?;
+    if n == 0 {
+        return Ok(());
+    }
+    let (scales, nested, map, offset, nested_shift) = absmax.parts();
+    let kernel = &DEQUANTIZE[dtype_index(dtype)];
+    let launch = Kernel::spread((n as u64).div_ceil(DEQUANTIZE_SPAN));
+    let mut arguments = Arguments::default()
+        .u64(packed)
+        .u64(scales)
+        .u64(nested)
+        .u64(map)
+        .u64(offset)
+        .u32(nested_shift)
+        .u64(out)
+        .u64(n as u64)
+        .u32(block.trailing_zeros())
+        .u32(kind_number(kind))
+        .u32(u32::from(aligned(&[(packed, 4), (out, 16)])));
+    // SAFETY: the arguments are those of `dequantize_4bit_*`; the caller vouches for the pointers.
+    unsafe { kernel.launch(stream, launch, &mut arguments) }
+}

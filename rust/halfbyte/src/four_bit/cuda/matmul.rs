@@ -1,0 +1,92 @@
+//! The product, and which kernel makes it.
+
+use crate::codebook::Kind;
+use crate::device::cuda::{Absmax, Arguments, Kernel, Launch, Pointer, Stream, THREADS, device, dtype_index};
+use crate::element::Dtype;
+use crate::error::{Error, Result};
+use crate::layout::check_four_bit_block;
+
+use super::matmul_small::{MATMUL_MMA, MmaPlan, mma_values};
+use super::{aligned, kind_number};
+
+/// Most rows of activations that [`matmul`] takes. Beyond, dequantizing and a dense product is the better way.
+pub const MATMUL_MAX_ROWS: usize = 32;
+
+/// Smallest block that the tensor-core kernel takes: its step along K.
+pub(super) const MMA_STEP: usize = 64;
+
+pub(super) static MATMUL_SIMT: [Kernel; 3] = [
+    Kernel::new("four_bit_simt", "matmul_4bit_simt_bf16"),
+    Kernel::new("four_bit_simt", "matmul_4bit_simt_f16"),
+    Kernel::new("four_bit_simt", "matmul_4bit_simt_f32"),
+];
+
+/// `out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]` for at most [`MATMUL_MAX_ROWS`] rows, straight from the packed weights.
+///
+/// 16-bit activations go through the tensor cores where the GPU and the shape allow it (compute capability 8.0, K a multiple
+/// of 64, blocks of 64 and more); fp32 ones, and the rest, through fp32 arithmetic. The choice depends on shape, type and
+/// device alone.
+///
+/// # Safety
+/// As [`quantize`]; `x` is [M, K] and `out` [M, N] row by row, `bias` [N], all of `dtype`.
+pub unsafe fn matmul(
+    stream: &Stream,
+    dtype: Dtype,
+    x: Pointer,
+    (m, n, k): (usize, usize, usize),
+    packed: Pointer,
+    absmax: Absmax,
+    kind: Kind,
+    block: usize,
+    bias: Option<Pointer>,
+    out: Pointer,
+) -> Result<()> {
+    check_four_bit_block(block)?;
+    if m > MATMUL_MAX_ROWS {
+        return Err(Error::shape("x", format!("at most [{MATMUL_MAX_ROWS}, K] on CUDA"), format!("[{m}, {k}]")));
+    }
+    for (argument, size) in [("out", n), ("x", k)] {
+        if size > i32::MAX as usize {
+            return Err(Error::shape(argument, "at most 2147483647 columns", size));
+        }
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let gpu = device(stream.device)?;
+    let (scales, nested, map, offset, nested_shift) = absmax.parts();
+    let arguments = Arguments::default()
+        .u64(x)
+        .u64(packed)
+        .u64(scales)
+        .u64(nested)
+        .u64(map)
+        .u64(offset)
+        .u32(nested_shift)
+        .u64(bias.unwrap_or(0))
+        .u64(out)
+        .u32(m as u32)
+        .u32(n as u32)
+        .u32(k as u32)
+        .u32(block.trailing_zeros());
+    let tensor_cores = dtype != Dtype::F32
+        && gpu.capability >= 80
+        && k > 0
+        && k.is_multiple_of(MMA_STEP)
+        && block >= MMA_STEP
+        && aligned(&[(x, 16), (packed, 16)]);
+    if tensor_cores {
+        let plan = MmaPlan::new(m, n, k, gpu.multiprocessors, gpu.shared_memory);
+        let (values, gain) = mma_values(kind, dtype);
+        let arguments = values.into_iter().fold(arguments, Arguments::u64).u32((1.0 / gain).to_bits());
+        let mut arguments = arguments.u32(plan.tiles_per_block).u32(plan.tiles_per_pass);
+        let kernel = &MATMUL_MMA[dtype_index(dtype)][usize::from(absmax.is_nested())][usize::from(m > 8)];
+        // SAFETY: the arguments are those of `matmul_4bit_mma_*`; the caller vouches for the pointers.
+        return unsafe { kernel.launch(stream, plan.launch, &mut arguments) };
+    }
+    let launch = Launch::new((n.div_ceil(THREADS as usize / 32) as u32, 1), THREADS);
+    let vectors = k.is_multiple_of(8) && aligned(&[(x, 16), (packed, 4)]);
+    let mut arguments = arguments.u32(kind_number(kind)).u32(u32::from(vectors));
+    // SAFETY: the arguments are those of `matmul_4bit_simt_*`; the caller vouches for the pointers.
+    unsafe { MATMUL_SIMT[dtype_index(dtype)].launch(stream, launch, &mut arguments) }
+}

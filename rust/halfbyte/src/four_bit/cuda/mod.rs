@@ -1,0 +1,47 @@
+//! 4-bit operations on CUDA: raw device pointers and a raw stream in, work enqueued, nothing waited for.
+
+mod elementwise;
+mod matmul;
+mod matmul_small;
+
+pub use elementwise::{dequantize, quantize};
+pub use matmul::{MATMUL_MAX_ROWS, matmul};
+
+use crate::codebook::Kind;
+use crate::device::cuda::{Kernel, Pointer, device, dtype_index};
+use crate::element::Dtype;
+use crate::error::Result;
+use elementwise::{DEQUANTIZE, QUANTIZE};
+use matmul::MATMUL_SIMT;
+use matmul_small::MATMUL_MMA;
+
+/// NF4 is 0 and FP4 is 1 on the device.
+const fn kind_number(kind: Kind) -> u32 {
+    match kind {
+        Kind::Nf4 => 0,
+        Kind::Fp4 => 1,
+    }
+}
+
+fn aligned(pointers: &[(Pointer, u64)]) -> bool {
+    pointers.iter().all(|(pointer, align)| pointer.is_multiple_of(*align))
+}
+
+/// Loads the images that 4-bit operations of this activation type use, so that no first call has to.
+pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
+    DEQUANTIZE[dtype_index(dtype)].load(ordinal)?;
+    MATMUL_SIMT[dtype_index(dtype)].load(ordinal)?;
+    if dtype != Dtype::F32 && device(ordinal)?.capability >= 80 {
+        for kernel in &MATMUL_MMA[dtype_index(dtype)][0] {
+            kernel.load(ordinal)?;
+        }
+    }
+    Ok(())
+}
+
+/// Every kernel of this module, for a test that each is in the images.
+#[doc(hidden)]
+pub fn kernels() -> Vec<&'static Kernel> {
+    let mma = MATMUL_MMA.iter().flatten().flatten();
+    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).collect()
+}
