@@ -55,10 +55,15 @@ FAMILIES = [
     Family("four_bit_simt", "four_bit_simt.cu", ("75", "80")),
     Family("eight_bit", "eight_bit.cu", ("75", "80")),
 ]
+ELEMENTS = {"bf16": "Bf16", "f16": "F16"}
 FAMILIES += [
-    Family(f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", ("80", "90"), {"ELEMENT": element, "TOKENS": str(tokens)})
-    for name, element in (("bf16", "Bf16"), ("f16", "F16"))
-    for tokens in (8, 16)
+    Family(f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", targets, {"ELEMENT": element, "TOKENS": str(tokens)})
+    for name, element in ELEMENTS.items()
+    for tokens, targets in ((8, ("80",)), (16, ("80", "90")))
+]
+FAMILIES += [
+    Family(f"four_bit_stream_{name}", "four_bit_stream.cu", ("90",), {"ELEMENT": element})
+    for name, element in ELEMENTS.items()
 ]
 
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.

@@ -206,7 +206,17 @@ def check_matmul(m, n, k, dtype, kind="nf4", block=64, nested=False, bias=False,
 @pytest.mark.parametrize("kind", KINDS)
 def test_matmul_shapes(dtype, nested, kind):
     for m in (1, 2, 3, 8, 9, 16, 17, 25, 32):
-        for n, k in ((16, 64), (17, 128), (1, 64), (100, 192), (129, 320), (256, 1024), (4096, 256), (33, 14336)):
+        for n, k in (
+            (16, 64),
+            (17, 128),
+            (1, 64),
+            (100, 192),
+            (129, 320),
+            (256, 1024),
+            (4096, 256),
+            (33, 14336),
+            (520, 8256),
+        ):
             check_matmul(m, n, k, dtype, kind, 64, nested, bias=n % 2 == 0, seed=m * n)
 
 
@@ -284,6 +294,44 @@ def test_captured_in_a_graph():
         replayed = out.clone()
         _native.matmul_4bit(x, packed, absmax, out, "nf4", 64)
         assert torch.equal(replayed, out)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_kernels_that_overlap_see_what_came_before(rows):
+    """A product may start while the kernel before it ends; neither fresh weights nor fresh activations may be missed."""
+    size, rounds = 1024, 24
+    torch.manual_seed(0)
+    weights = torch.randn(rounds, size * size, device="cuda", dtype=torch.bfloat16) / size**0.5
+    packed = torch.empty(size * size // 2, dtype=torch.uint8, device="cuda")
+    absmax = torch.empty(size * size // 64, device="cuda")
+    start = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+    outs = torch.empty(rounds, rows, size, device="cuda", dtype=torch.bfloat16)
+
+    def chain(wait):
+        x = start
+        for weight, out in zip(weights, outs, strict=True):
+            _native.quantize_4bit(weight, packed, absmax, "nf4", 64)
+            for to in (torch.empty_like(out), out):  # the second reads what the first wrote
+                wait()
+                _native.matmul_4bit(x, packed, absmax, to, "nf4", 64)
+                x = to
+            wait()
+
+    chain(torch.cuda.synchronize)
+    want = outs.clone()
+    assert want.isfinite().all()
+    assert want.abs().amax(dim=(1, 2)).min() > 0
+    for _ in range(5):
+        outs.zero_()
+        chain(lambda: None)
+        assert torch.equal(outs, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(lambda: None)
+    for _ in range(5):
+        outs.zero_()
+        graph.replay()
+        assert torch.equal(outs, want)
 
 
 def test_first_use_inside_a_capture():

@@ -13,6 +13,9 @@ typedef unsigned long long u64;
 constexpr u32 WARP = 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
 
+// Addresses of shared memory are the 32-bit ones of its window.
+DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
 // Element types. Arithmetic is always fp32: these only say how 16 bits become a float and back.
 struct Bf16 { u16 bits; };
 struct F16 { u16 bits; };

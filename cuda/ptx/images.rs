@@ -52,13 +52,6 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("four_bit_mma_bf16_m8.compute_80.ptx"), "\0"),
     },
     Image {
-        family: "four_bit_mma_bf16_m8",
-        capability: 90,
-        specific: false,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_mma_bf16_m8.compute_90.ptx"), "\0"),
-    },
-    Image {
         family: "four_bit_mma_bf16_m16",
         capability: 80,
         specific: false,
@@ -80,13 +73,6 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("four_bit_mma_f16_m8.compute_80.ptx"), "\0"),
     },
     Image {
-        family: "four_bit_mma_f16_m8",
-        capability: 90,
-        specific: false,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_mma_f16_m8.compute_90.ptx"), "\0"),
-    },
-    Image {
         family: "four_bit_mma_f16_m16",
         capability: 80,
         specific: false,
@@ -99,5 +85,19 @@ pub static IMAGES: &[Image] = &[
         specific: false,
         ptx_version: "8.0",
         ptx: concat!(include_str!("four_bit_mma_f16_m16.compute_90.ptx"), "\0"),
+    },
+    Image {
+        family: "four_bit_stream_bf16",
+        capability: 90,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("four_bit_stream_bf16.compute_90.ptx"), "\0"),
+    },
+    Image {
+        family: "four_bit_stream_f16",
+        capability: 90,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("four_bit_stream_f16.compute_90.ptx"), "\0"),
     },
 ];

@@ -5,22 +5,12 @@
 // Built with ELEMENT = Bf16 and F16, each with TOKENS = 8 and 16. One block of up to 8 warps per SM; it owns tiles_per_block tiles of 16 weight
 // rows, and its warps split K between them, so that each activation is read once a block and stays in registers for all tiles:
 //
-//              K →   warp 0     warp 1     …    warp 7
-//   rows  0 … 15   [ 256 | 256 ][ 256 | 256 ] …             tile 0       a stage: 16 rows × 256 weights = 2 KB + 64 scales
-//   rows 16 … 31   [           ][           ] …             tile 1       order of a warp: K step outer, tile inner
+//              K →   warp 0  warp 1  …  warp 7   warp 0 …
+//   rows  0 … 15   [ 256 ][ 256 ]  …  [ 256 ][ 256 ] …             tile 0       a stage: 16 rows × 256 weights = 2 KB + 64 scales
+//   rows 16 … 31   [     ][     ] …                          tile 1       order of a warp: K step outer, tile inner
 //
-// Weights are the A operand of mma.m16n8k16, so that any M up to 8 costs the same. The order of K inside an MMA is free as long
-// as both operands agree: lane (g = lane / 4, t = lane % 4) takes bytes 8t … 8t+7 of each 32-byte block of 64 weights of rows
-// g and g + 8, and MMA j of the block's four takes of them
+// How operands lie and codes are decoded: mma.cuh.
 //
-//   A: bytes 2j, 2j+1 (weights 16t+4j … +3)             B: activations k = 16t+4j … +3 of token g: 32 contiguous bytes a lane
-//
-// All four lanes of a row are then in one block of 64, so the fp32 scale multiplies the finished fp32 accumulator. The 16 values
-// come as 16-bit numbers, scaled by a constant with which they round well; `ungain` divides it out at the end. (NF4 × 1.43677
-// in bf16 has a relative rounding error of 7.8e-4, half of what rounding each dequantized weight to bf16 costs; FP4 × 12 is
-// exact.) Any other 16 values would do as well: nothing else here knows the code.
-//
-// Decoding: one lookup a byte, byte → two 16-bit values, in a table with a copy for each bank (32 KB): no conflicts.
 // Weights come by cp.async, 16 bytes a lane, into a ring of 4 or 6 stages private to the warp, chunks of a row swizzled by its
 // number so that neither the copies nor the 8-byte reads collide. Scales come through registers a tile ahead (nested ones are
 // decoded on the way) into the same stage. No barrier of the block until the end: then the partial sums of the warps, which lie
@@ -30,7 +20,8 @@
 // all rows but the first find them in the L2.
 //
 // Bytes: N·K / 2 + scales + 2·M·K (from L2) a block + 2·M·N. From sm_80 and PTX 7.4 on.
-#include "codebook.cuh"
+#include "async_copy.cuh"
+#include "mma.cuh"
 
 #if !defined(ELEMENT) || !defined(TOKENS)
 #error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=8 or 16"
@@ -39,43 +30,6 @@
 constexpr u32 STEP = 256;                             // weights of a row a stage: 128 bytes, a line
 constexpr u32 STAGE_WEIGHTS = 16 * STEP / 2;          // bytes
 constexpr u32 STAGE = STAGE_WEIGHTS + 16 * 4 * 4;     // and 16 rows × 4 scales
-constexpr u32 TABLE_WORDS = 256 * WARP;
-constexpr u32 TILE_FLOATS = 16 * 8;                   // one accumulator tile
-
-// The 16 values of a code as 16-bit numbers, four a word; they come as kernel arguments, which need no load.
-struct Values {
-    u64 words[4];
-    DEVICE u32 get(u32 code) const {
-        const u64 low = code & 4 ? words[1] : words[0], high = code & 4 ? words[3] : words[2];
-        return u32((code & 8 ? high : low) >> (code % 4 * 16)) & 0xffff;
-    }
-};
-
-template <class T> DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
-#define MMA(T, type)                                                                                                          \
-    template <> DEVICE void mma<T>(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                           \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                  \
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                          \
-    }
-MMA(Bf16, "bf16")
-MMA(F16, "f16")
-
-// 16 bytes from global to shared memory, zeros if not `valid`. Weights are read once: past the L1, with the whole line asked of
-// the L2 at once.
-DEVICE void copy16(u32 shared, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0));
-}
-DEVICE void commit() { asm volatile("cp.async.commit_group;"); }
-template <int N> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
-
-DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
-// Byte J of `word` as two values in the order of the MMA: the high nibble, which is the earlier weight, in the low half.
-template <int J> DEVICE u32 decode(u32 word, const u32* table, u32 lane4) {
-    u32 at = J == 0 ? word << 7 : word >> (8 * J - 7);
-    return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + ((at & 0x7f80u) | lane4));
-}
 
 // The scales of a stage on their way: row lane % 16, blocks lane / 16 and 2 + lane / 16 of the stage's four.
 template <bool NESTED> struct InFlight {
@@ -91,7 +45,8 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
     extern __shared__ __align__(128) u8 dynamic[];
 
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const u32 g = lane / 4, t = lane % 4, lane4 = lane * 4;
+    const u32 g = lane / 4, t = lane % 4;
+    const StaticPairs pairs{table, lane * 4};
     u8* ring = dynamic + warp * (STAGES * STAGE);
     float* sums = reinterpret_cast<float*>(dynamic + warps * (STAGES * STAGE));  // [warp][tile][column][lane][4]
     float* my_sums = sums + warp * tiles_per_pass * (COLUMNS * TILE_FLOATS) + lane * 4;
@@ -102,10 +57,10 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
     x += u64(first_m) * K;
     out += u64(first_m) * N;
 
-    // This warp's share of K, in blocks of 64.
-    const u32 blocks = K / 64, share = (blocks + warps - 1) / warps;
-    const u32 first = min(warp * share, blocks), last = min(first + share, blocks);
-    const u32 steps = (last - first + 3) / 4;
+    // This warp's steps along K: each `warps`-th one, so that all warps together read whole kilobytes of a row.
+    const u32 blocks = K / 64, all_steps = (blocks + 3) / 4;
+    const u32 steps = all_steps > warp ? (all_steps - warp - 1) / warps + 1 : 0;
+    auto block_of = [&](u32 step) { return (step * warps + warp) * 4; };
 
     const u32 first_row = blockIdx.x * tiles_per_block * 16;
     const u32 my_tiles = min(tiles_per_block, (N - first_row + 15) / 16);
@@ -120,7 +75,7 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const u32 row = row0 + i * 4 + copy_row;
-            const bool valid = row < N && block + copy_chunk / 2 < last;
+            const bool valid = row < N && block + copy_chunk / 2 < blocks;
             const u8* from = packed + (valid ? u64(row) * (K / 2) + block * 32 + copy_chunk * 16 : 0);
             copy16(copy_to + stage * STAGE + i * 512, from, valid);
         }
@@ -131,7 +86,7 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
             const u32 b = block + lane / 16 + 2 * i;
-            const bool valid = row < N && b < last;
+            const bool valid = row < N && b < blocks;
             const u64 at = (u64(row) * blocks + b) >> fold;
             flight.scale[i] = 0.f;
             if (NESTED) {
@@ -153,17 +108,17 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
             to[2 * i] = NESTED ? __fadd_rn(__fmul_rn(map[flight.code[i]], flight.scale[i]), offset) : flight.scale[i];
     };
     // Activations of a step: 4 blocks × 16 values a lane. Rows beyond M are row 0 again: their sums are not used.
-    uint4 b[COLUMNS][4][2], next_b[COLUMNS][4][2];
-    auto load_activations = [&](u32 step, uint4 (&b)[COLUMNS][4][2]) {
+    uint4 b[4][COLUMNS][2], next_b[4][COLUMNS][2];
+    auto load_activations = [&](u32 step, uint4 (&b)[4][COLUMNS][2]) {
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
             const u32 m = c * 8 + g;
-            const T* from = x + u64(m < M ? m : 0) * K + (first + step * 4) * 64 + 16 * t;
+            const T* from = x + u64(m < M ? m : 0) * K + block_of(step) * 64 + 16 * t;
 #pragma unroll
             for (u32 k = 0; k < 4; ++k) {
-                const bool valid = first + step * 4 + k < last;
-                b[c][k][0] = valid ? __ldg(reinterpret_cast<const uint4*>(from + k * 64)) : make_uint4(0, 0, 0, 0);
-                b[c][k][1] = valid ? __ldg(reinterpret_cast<const uint4*>(from + k * 64 + 8)) : make_uint4(0, 0, 0, 0);
+                const bool valid = block_of(step) + k < blocks;
+                b[k][c][0] = valid ? __ldg(reinterpret_cast<const uint4*>(from + k * 64)) : make_uint4(0, 0, 0, 0);
+                b[k][c][1] = valid ? __ldg(reinterpret_cast<const uint4*>(from + k * 64 + 8)) : make_uint4(0, 0, 0, 0);
             }
         }
     };
@@ -182,8 +137,8 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
 #pragma unroll
         for (int s = 0; s < STAGES - 1; ++s) {
             if (next_step < steps) {
-                copy_weights(s, row0 + next_tile * 16, first + next_step * 4);
-                flight[s] = load_scales(row0 + next_tile * 16, first + next_step * 4);
+                copy_weights(s, row0 + next_tile * 16, block_of(next_step));
+                flight[s] = load_scales(row0 + next_tile * 16, block_of(next_step));
                 advance();
             }
             commit();
@@ -192,10 +147,7 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
         if (pass == 0) {
             if (NESTED)
                 for (u32 i = threadIdx.x; i < 256; i += blockDim.x) map[i] = __ldg(scales.map + i);
-            for (u32 i = threadIdx.x; i < TABLE_WORDS / 4; i += blockDim.x) {
-                const u32 byte = i / 8, pair = values.get(byte / 16) | values.get(byte % 16) << 16;
-                reinterpret_cast<uint4*>(table)[i] = make_uint4(pair, pair, pair, pair);
-            }
+            pairs.fill(values, blockDim.x);
             __syncthreads();
         }
         const u32 filled = min(u32(STAGES - 1), steps * tiles);
@@ -213,18 +165,18 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
-                for (int k = 0; k < 4; ++k) b[c][k][0] = next_b[c][k][0], b[c][k][1] = next_b[c][k][1];
+                for (int k = 0; k < 4; ++k) b[k][c][0] = next_b[k][c][0], b[k][c][1] = next_b[k][c][1];
             if (step + 1 < steps) load_activations(step + 1, next_b);  // under way during this step
             for (u32 tile = 0; tile < tiles; ++tile) {
-                wait<STAGES - 2>();
+                wait_for_copies<STAGES - 2>();
                 __syncwarp();  // copies and scales of all lanes are there, and the stage before is read
                 // The next copy goes where the tile before was.
                 const u32 next_stage = stage == 0 ? STAGES - 1 : stage - 1;
                 if (landing) land_scales(landing_stage, flight[0]);
                 landing = next_step < steps;
                 if (landing) {
-                    copy_weights(next_stage, row0 + next_tile * 16, first + next_step * 4);
-                    flight[0] = load_scales(row0 + next_tile * 16, first + next_step * 4);
+                    copy_weights(next_stage, row0 + next_tile * 16, block_of(next_step));
+                    flight[0] = load_scales(row0 + next_tile * 16, block_of(next_step));
                     landing_stage = next_stage;
                     advance();
                 }
@@ -242,27 +194,15 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
                     const u32 chunk = (k * 32) ^ (g % 4 * 32);
                     const uint2 u = *reinterpret_cast<const uint2*>(at + g * 128 + chunk + t * 8);
                     const uint2 v = *reinterpret_cast<const uint2*>(at + (g + 8) * 128 + chunk + t * 8);
-                    float d[COLUMNS][4];
-#pragma unroll
-                    for (int c = 0; c < COLUMNS; ++c) d[c][0] = d[c][1] = d[c][2] = d[c][3] = 0.f;
-#define BYTES(p, q, word, j, r0, r1)                                                                        \
-    {                                                                                                       \
-        const u32 a0 = decode<p>(u.word, table, lane4), a1 = decode<p>(v.word, table, lane4);               \
-        const u32 a2 = decode<q>(u.word, table, lane4), a3 = decode<q>(v.word, table, lane4);               \
-        _Pragma("unroll") for (int c = 0; c < COLUMNS; ++c)                                                 \
-            mma<T>(d[c], a0, a1, a2, a3, b[c][k][j].r0, b[c][k][j].r1);                                     \
-    }
-                    BYTES(0, 1, x, 0, x, y)
-                    BYTES(2, 3, x, 0, z, w)
-                    BYTES(0, 1, y, 1, x, y)
-                    BYTES(2, 3, y, 1, z, w)
-#undef BYTES
+                    const uint2 w[1][2] = {{u, v}};
+                    float d[1][COLUMNS][4];
+                    block_product<T, 1, COLUMNS>(d, w, b[k], pairs);
 #pragma unroll
                     for (int c = 0; c < COLUMNS; ++c) {
-                        acc[c][0] = fmaf(d[c][0], low[k], acc[c][0]);
-                        acc[c][1] = fmaf(d[c][1], low[k], acc[c][1]);
-                        acc[c][2] = fmaf(d[c][2], high[k], acc[c][2]);
-                        acc[c][3] = fmaf(d[c][3], high[k], acc[c][3]);
+                        acc[c][0] = fmaf(d[0][c][0], low[k], acc[c][0]);
+                        acc[c][1] = fmaf(d[0][c][1], low[k], acc[c][1]);
+                        acc[c][2] = fmaf(d[0][c][2], high[k], acc[c][2]);
+                        acc[c][3] = fmaf(d[0][c][3], high[k], acc[c][3]);
                     }
                 }
 #pragma unroll
@@ -274,7 +214,7 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
                 stage = stage + 1 < STAGES ? stage + 1 : 0;
             }
         }
-        wait<0>();
+        wait_for_copies<0>();
         __syncthreads();
 
         // Sums of the warps, in order: a thread takes the four sums of one lane, so that no two collide in a bank.

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::layout::check_four_bit_block;
 
 use super::matmul_small::{MATMUL_MMA, MmaPlan, mma_values};
+use super::matmul_stream::{self, Piece};
 use super::{aligned, kind_number};
 
 /// Most rows of activations that [`matmul`] takes. Beyond, dequantizing and a dense product is the better way.
@@ -75,6 +76,11 @@ pub unsafe fn matmul(
         && k.is_multiple_of(MMA_STEP)
         && block >= MMA_STEP
         && aligned(&[(x, 16), (packed, 16)]);
+    if tensor_cores && matmul_stream::fits(gpu, dtype, m) {
+        let piece = Piece { packed, absmax, bias, out, n };
+        // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
+        return unsafe { matmul_stream::launch(stream, gpu, dtype, x, (m, k), &[piece], kind, block) };
+    }
     if tensor_cores {
         let plan = MmaPlan::new(m, n, k, gpu.multiprocessors, gpu.shared_memory);
         let (values, gain) = mma_values(kind, dtype);

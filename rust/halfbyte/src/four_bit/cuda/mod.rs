@@ -3,6 +3,7 @@
 mod elementwise;
 mod matmul;
 mod matmul_small;
+mod matmul_stream;
 
 pub use elementwise::{dequantize, quantize};
 pub use matmul::{MATMUL_MAX_ROWS, matmul};
@@ -14,6 +15,7 @@ use crate::error::Result;
 use elementwise::{DEQUANTIZE, QUANTIZE};
 use matmul::MATMUL_SIMT;
 use matmul_small::MATMUL_MMA;
+use matmul_stream::STREAM;
 
 /// NF4 is 0 and FP4 is 1 on the device.
 const fn kind_number(kind: Kind) -> u32 {
@@ -36,6 +38,9 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
             kernel.load(ordinal)?;
         }
     }
+    if dtype != Dtype::F32 && device(ordinal)?.capability >= 90 {
+        STREAM[dtype_index(dtype)].load(ordinal)?;
+    }
     Ok(())
 }
 
@@ -43,5 +48,5 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
 #[doc(hidden)]
 pub fn kernels() -> Vec<&'static Kernel> {
     let mma = MATMUL_MMA.iter().flatten().flatten();
-    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).collect()
+    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).chain(&STREAM).collect()
 }

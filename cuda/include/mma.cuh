@@ -1,0 +1,104 @@
+// What the products with tensor cores share: the values of a code, the pair table, the MMA, and where its operands lie.
+//
+// Weights are the A operand of mma.m16n8k16, so that any M up to 8 costs the same. The order of K inside an MMA is free as long
+// as both operands agree: lane (g = lane / 4, t = lane % 4) takes bytes 8t … 8t+7 of each 32-byte block of 64 weights of rows
+// g and g + 8, and MMA j of the block's four takes of them
+//
+//   A: bytes 2j, 2j+1 (weights 16t+4j … +3)             B: activations k = 16t+4j … +3 of token g: 32 contiguous bytes a lane
+//
+// All four lanes of a row are then in one block of 64, so the fp32 scale multiplies the finished fp32 accumulator. The 16 values
+// come as 16-bit numbers, scaled by a constant with which they round well; `ungain` divides it out at the end. (NF4 × 1.43677
+// in bf16 has a relative rounding error of 7.8e-4, half of what rounding each dequantized weight to bf16 costs; FP4 × 12 is
+// exact.) Any other 16 values would do as well: nothing else here knows the code.
+//
+// Decoding: one lookup a byte, byte → two 16-bit values, in a table with a copy for each bank (32 KB): no conflicts.
+#pragma once
+#include "common.cuh"
+
+constexpr u32 TABLE_WORDS = 256 * WARP;
+constexpr u32 TILE_FLOATS = 16 * 8;  // one accumulator tile
+
+// The 16 values of a code as 16-bit numbers, four a word; they come as kernel arguments, which need no load.
+struct Values {
+    u64 words[4];
+    DEVICE u32 get(u32 code) const {
+        const u64 low = code & 4 ? words[1] : words[0], high = code & 4 ? words[3] : words[2];
+        return u32((code & 8 ? high : low) >> (code % 4 * 16)) & 0xffff;
+    }
+};
+
+template <class T> DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
+#define MMA(T, type)                                                                                                          \
+    template <> DEVICE void mma<T>(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                           \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                  \
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                          \
+    }
+MMA(Bf16, "bf16")
+MMA(F16, "f16")
+
+
+// The pair table, a copy a bank: the pair of byte b for this lane is word 32 · b + lane. Threads [0, threads) fill it together.
+template <class Store> DEVICE void fill_pairs(const Values& values, u32 threads, Store store) {
+    for (u32 i = threadIdx.x; i < TABLE_WORDS / 4; i += threads) {
+        const u32 byte = i / 8, pair = values.get(byte / 16) | values.get(byte % 16) << 16;
+        store(i * 16, pair);
+    }
+}
+// As static shared memory: its address is a constant in each look-up.
+struct StaticPairs {
+    u32* words;
+    u32 lane4;
+    DEVICE void fill(const Values& values, u32 threads) const {
+        u32* to = words;
+        fill_pairs(values, threads, [&](u32 at, u32 pair) { *reinterpret_cast<uint4*>(to + at / 4) = make_uint4(pair, pair, pair, pair); });
+    }
+    DEVICE u32 get(u32 at) const { return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(words) + (at | lane4)); }
+};
+// At a multiple of its size, from where the block's shared memory begins (which in a cluster is not at 0): then an AND and an OR
+// make the address, and dynamic shared memory can lie on both sides.
+struct AlignedPairs {
+    static constexpr u32 AT = 32768;
+    u32 lane_copy;  // address + 4 · lane
+    DEVICE AlignedPairs(u32 begin, u32 lane) : lane_copy(begin + AT + lane * 4) {}
+    DEVICE void fill(const Values& values, u32 threads) const {
+        const u32 table = lane_copy & ~(AT - 1);
+        fill_pairs(values, threads, [&](u32 at, u32 pair) {
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(table + at), "r"(pair) : "memory");
+        });
+    }
+    DEVICE u32 get(u32 at) const {
+        u32 pair;
+        asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at | lane_copy));
+        return pair;
+    }
+};
+DEVICE u32 shared_begin(const void* anything_shared) { return shared_address(anything_shared) & 0xff000000u; }
+
+// Byte J of `word` as two values in the order of the MMA: the high nibble, which is the earlier weight, in the low half.
+template <int J, class Pairs> DEVICE u32 decode(u32 word, const Pairs& pairs) {
+    return pairs.get((J == 0 ? word << 7 : word >> (8 * J - 7)) & 0x7f80u);
+}
+
+// One block of 64 weights of TILES tiles of 16 rows times COLUMNS tiles of 8 tokens: w are the lane's 8 bytes of rows g and g + 8 of
+// each tile, b its activations of the block, d the sums (of unscaled values). Tiles and columns alternate, so that no MMA waits for
+// the one just before it.
+template <class T, int TILES, int COLUMNS, class Pairs>
+DEVICE void block_product(float (&d)[TILES][COLUMNS][4], const uint2 (&w)[TILES][2], const uint4 (&b)[COLUMNS][2], const Pairs& pairs) {
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) d[i][c][0] = d[i][c][1] = d[i][c][2] = d[i][c][3] = 0.f;
+#define BYTES(p, q, word, j, r0, r1)                                                                          \
+    _Pragma("unroll") for (int i = 0; i < TILES; ++i) {                                                       \
+        const u32 a0 = decode<p>(w[i][0].word, pairs), a1 = decode<p>(w[i][1].word, pairs);                   \
+        const u32 a2 = decode<q>(w[i][0].word, pairs), a3 = decode<q>(w[i][1].word, pairs);                   \
+        _Pragma("unroll") for (int c = 0; c < COLUMNS; ++c)                                                   \
+            mma<T>(d[i][c], a0, a1, a2, a3, b[c][j].r0, b[c][j].r1);                                          \
+    }
+    BYTES(0, 1, x, 0, x, y)
+    BYTES(2, 3, x, 0, z, w)
+    BYTES(0, 1, y, 1, x, y)
+    BYTES(2, 3, y, 1, z, w)
+#undef BYTES
+}

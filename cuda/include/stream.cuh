@@ -1,0 +1,244 @@
+// The serving side of four_bit_stream.cu: which stages a block goes through, and the two warps that bring weights and scales.
+#pragma once
+#include "async_copy.cuh"
+#include "hopper.cuh"
+#include "mma.cuh"
+
+constexpr u32 MOST_WARPS = 16;  // that compute
+constexpr u32 MOST_STAGES = 12;
+constexpr u32 SLICE = 2;        // blocks of 64 that a warp has of a stage
+constexpr u32 ROWS = 32;        // of a stage: two tiles
+constexpr u32 GROUP = 8;        // tiles whose sums are in registers at a time
+
+// A stage: rows of weights, then rows of scales, each padded so that 8 of them lie in different banks.
+constexpr u32 ROW_BYTES = MOST_WARPS * SLICE * 32 + 32, SCALE_FLOATS = MOST_WARPS * SLICE + 4;
+constexpr u32 STAGE_BYTES = ROWS * (ROW_BYTES + SCALE_FLOATS * 4);
+// One serving warp copies the rows of a stage below this one; the other copies the rest, and the scales.
+constexpr u32 SPLIT_ROW = 20;
+
+// Nested scales on their way: codes of a stage's rows, then two nested scales a row.
+constexpr u32 CODE_WORDS = MOST_WARPS * SLICE / 4, CODE_ROW = CODE_WORDS * 4 + 4;
+constexpr u32 CODE_STAGES = 4, CODE_STAGE_BYTES = ROWS * (CODE_ROW + 8);
+
+struct Weight {
+    const u8* packed;     // 16-byte aligned
+    const void* absmax;   // fp32 [N·K >> log2_block], or u8 codes if `nested`
+    const float* nested;  // fp32, one for 2^nested_shift codes; null when plain
+    const float* map;     // fp32 [256]
+    const float* offset;  // fp32 [1]
+};
+
+// Arrives when all copies of this thread so far have landed.
+DEVICE void barrier_arrive_copies(u32 at) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory"); }
+
+DEVICE u32 load_word(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+DEVICE float2 load_float2(u32 at) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
+    return v;
+}
+DEVICE void store_float(u32 at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); }
+DEVICE void store_float4(u32 at, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
+// A ring's place and the parity of its turn.
+struct Turn {
+    u32 stage = 0, parity = 0;
+    DEVICE void next(u32 stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// What all warps of a block know of its share of the work.
+struct Share {
+    u32 warps;                 // that compute
+    u32 N, blocks;             // rows; blocks of 64 in a row
+    u32 first, last, steps;    // blocks of 64 of this block's part of K; steps that it takes
+    u32 first_tile, tiles;     // of 16 rows
+    u32 stages;
+    u32 full, empty, codes, x, ring;  // shared addresses
+    DEVICE u32 stage(u32 i) const { return ring + i * STAGE_BYTES; }
+    DEVICE u32 scales(u32 i) const { return ring + i * STAGE_BYTES + ROWS * ROW_BYTES; }
+    DEVICE u32 rows(u32 row0) const { return min(min(ROWS, N - row0), (first_tile + tiles) * 16 - row0); }
+};
+
+// The stages in order: groups of tiles, of each the steps along K, of each the pairs of tiles.
+struct Walk {
+    const Share& share;
+    u32 group = 0, step = 0, tile = 0;
+    DEVICE explicit Walk(const Share& share) : share(share) {}
+    DEVICE bool valid() const { return group < share.tiles && share.steps > 0; }
+    DEVICE u32 row0() const { return (share.first_tile + tile) * 16; }
+    DEVICE u32 block() const { return share.first + step * share.warps * SLICE; }
+    // Blocks of 64 that the stage has of a row.
+    DEVICE u32 width() const { return min(share.warps * SLICE, share.last - block()); }
+    DEVICE void next() {
+        tile += 2;
+        if (tile < min(group + GROUP, share.tiles)) return;
+        if (++step == share.steps) step = 0, group += GROUP;
+        tile = group;
+    }
+};
+
+// Copies rows [BEGIN, END) of a stage, 16 bytes a lane: a row is up to 64 chunks of them. Two warps feed sixteen, so the loop is
+// nothing but copies and one pointer.
+template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const Weight& weight, u32 stage, const Walk& at, u32 lane) {
+    const u64 row_bytes = u64(share.blocks) * 32;
+    const u32 chunks = at.width() * 2, rows = share.rows(at.row0());
+    const bool low = lane < chunks, high = lane + WARP < chunks;
+    const u8* from = weight.packed + (at.row0() + BEGIN) * row_bytes + at.block() * 32 + lane * 16;
+    const u32 to = share.stage(stage) + BEGIN * ROW_BYTES + lane * 16;
+    auto row = [&](u32 i) {
+        if (low) copy16(to + i * ROW_BYTES, from);
+        if (high) copy16(to + i * ROW_BYTES + WARP * 16, from + WARP * 16);
+        from += row_bytes;
+    };
+    if (rows >= END) {
+#pragma unroll
+        for (u32 i = 0; i < END - BEGIN; ++i) row(i);
+    } else {
+#pragma unroll 1
+        for (u32 i = 0; BEGIN + i < rows; ++i) row(i);
+    }
+}
+
+// The first stages into the L2; more than the ring holds would be in the way of what is read before it.
+DEVICE void prefetch_weights(const Share& share, const Weight& weight, u32 lane) {
+    u32 left = share.stages;
+    const u64 row_bytes = u64(share.blocks) * 32;
+    for (Walk at(share); at.valid() && left > 0; at.next(), --left) {
+        const u8* from = weight.packed + (at.row0() + lane) * row_bytes + at.block() * 32;
+        if (lane < share.rows(at.row0()))
+            for (u32 i = 0; i < at.width() * 32; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+    }
+}
+
+template <u32 END> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
+    Turn turn;
+    for (Walk at(share); at.valid(); at.next()) {
+        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        copy_weights<0, END>(share, weight, turn.stage, at, lane);
+        barrier_arrive_copies(share.full + turn.stage * 8);
+        turn.next(share.stages);
+    }
+}
+
+// Plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
+DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lane) {
+    Turn turn;
+    for (Walk at(share); at.valid(); at.next()) {
+        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        copy_weights<SPLIT_ROW, ROWS>(share, weight, turn.stage, at, lane);
+        // Four rows at a time, eight chunks of 16 bytes each.
+        const u32 first_row = lane / 8, chunk = lane % 8, rows = share.rows(at.row0());
+        const bool valid = chunk < at.width() / 4;
+        const float* from =
+            static_cast<const float*>(weight.absmax) + u64(at.row0() + first_row) * share.blocks + at.block() + chunk * 4;
+        const u32 to = share.scales(turn.stage) + first_row * SCALE_FLOATS * 4 + chunk * 16;
+#pragma unroll
+        for (u32 i = 0; i < ROWS; i += 4) {
+            if (valid && first_row + i < rows) copy16(to + i * SCALE_FLOATS * 4, from);
+            from += 4 * u64(share.blocks);
+        }
+        barrier_arrive_copies(share.full + turn.stage * 8);
+        if (lane == 0) barrier_arrive(share.full + turn.stage * 8);
+        turn.next(share.stages);
+    }
+}
+
+// Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes: the other warp copies all weights. Codes and
+// nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes those of a row.
+DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, const float* map, u32 lane) {
+    const float offset = __ldg(weight.offset);
+    const u8* codes = static_cast<const u8*>(weight.absmax);
+    u32 fetched = 0, landed = 0;
+    auto fetch = [&](const Walk& walk) {
+        const u32 to = share.codes + fetched++ % CODE_STAGES * CODE_STAGE_BYTES, rows = share.rows(walk.row0());
+#pragma unroll
+        for (u32 i = 0; i < ROWS * CODE_WORDS / WARP; ++i) {
+            const u32 row = i * (WARP / CODE_WORDS) + lane / CODE_WORDS, word = lane % CODE_WORDS;
+            const bool valid = row < rows && word < walk.width() / 4;
+            const u64 at = u64(walk.row0() + row) * share.blocks + walk.block() + word * 4;
+            copy4(to + row * CODE_ROW + word * 4, codes + (valid ? at : 0), valid);
+        }
+        // A row's codes of a stage can belong to two nested scales.
+        const u64 at = u64(walk.row0() + lane) * share.blocks + walk.block();
+        const bool valid = lane < rows;
+        copy4(to + ROWS * CODE_ROW + lane * 8, weight.nested + (valid ? at >> nested_shift : 0), valid);
+        copy4(to + ROWS * CODE_ROW + lane * 8 + 4, weight.nested + (valid ? at + walk.width() - 1 >> nested_shift : 0), valid);
+        commit();
+    };
+    Turn turn;
+    auto land = [&](const Walk& walk) {
+        wait_for_copies<CODE_STAGES - 2>();
+        __syncwarp();
+        const u32 from = share.codes + landed++ % CODE_STAGES * CODE_STAGE_BYTES;
+        const float2 nested = load_float2(from + ROWS * CODE_ROW + lane * 8);
+        const u64 at = u64(walk.row0() + lane) * share.blocks + walk.block();
+        // Codes from here on have the second nested scale.
+        const u32 turns = u32(min(u64(CODE_WORDS * 4), ((at >> nested_shift) + 1 << nested_shift) - at));
+        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
+        u32 words[CODE_WORDS];
+#pragma unroll
+        for (u32 w = 0; w < CODE_WORDS; ++w) words[w] = load_word(from + lane * CODE_ROW + w * 4);
+#pragma unroll
+        for (u32 w = 0; w < CODE_WORDS; ++w) {
+            auto scale = [&](u32 byte) {
+                return fmaf(map[words[w] >> 8 * byte & 0xff], w * 4 + byte < turns ? nested.x : nested.y, offset);
+            };
+            store_float4(to + w * 16, make_float4(scale(0), scale(1), scale(2), scale(3)));
+        }
+        barrier_arrive(share.full + turn.stage * 8);  // in place of copies of weights, of which it has none
+        if (lane == 0) barrier_arrive(share.full + turn.stage * 8);
+        turn.next(share.stages);
+    };
+    Walk ahead(share), now(share);
+    auto fetch_next = [&] {
+        if (ahead.valid()) fetch(ahead), ahead.next();
+        else commit();
+    };
+    for (u32 i = 0; i < CODE_STAGES - 1; ++i) fetch_next();
+    for (; now.valid(); now.next()) land(now), fetch_next();
+}
+
+// Any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the ring does not matter.
+DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
+    constexpr u32 BATCH = 8;
+    Turn turn;
+    const u32 fold = log2_block - 6;
+    const bool plain = weight.nested == nullptr;
+    const float offset = plain ? 0.f : __ldg(weight.offset);
+    for (Walk at(share); at.valid(); at.next()) {
+        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        copy_weights<SPLIT_ROW, ROWS>(share, weight, turn.stage, at, lane);
+        barrier_arrive_copies(share.full + turn.stage * 8);
+        const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
+        const u32 width = lane < share.rows(at.row0()) ? at.width() : 0;
+        const u64 row = u64(at.row0() + lane) * share.blocks + at.block();
+        for (u32 i = 0; i < share.warps * SLICE; i += BATCH) {
+            float scale[BATCH];
+            u8 code[BATCH];
+#pragma unroll
+            for (u32 j = 0; j < BATCH; ++j) {
+                scale[j] = 0.f, code[j] = 0;
+                if (i + j >= width) continue;
+                const u64 from = row + i + j >> fold;
+                if (plain) scale[j] = __ldg(static_cast<const float*>(weight.absmax) + from);
+                else scale[j] = __ldg(weight.nested + (from >> nested_shift)), code[j] = __ldg(static_cast<const u8*>(weight.absmax) + from);
+            }
+#pragma unroll
+            for (u32 j = 0; j < BATCH; ++j)
+                if (i + j < share.warps * SLICE)
+                    store_float(to + (i + j) * 4, plain || i + j >= width ? scale[j] : fmaf(map[code[j]], scale[j], offset));
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(share.full + turn.stage * 8);
+        turn.next(share.stages);
+    }
+}

@@ -1,0 +1,271 @@
+// out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] for M ≤ 8 straight from packed 4-bit weights: the weights as one stream.
+//
+//   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
+//
+// From sm_90 on. Up to eight weights ("pieces") that share x go through one launch. How operands lie and codes are decoded: mma.cuh.
+//
+// One block of threads an SM. It owns up to tiles_per_block tiles of 16 rows, and takes them in groups of 8; a group goes along K in
+// steps of `warps` × 128 weights, of which each of the computing warps has 128:
+//
+//              K →   step 0                          step 1
+//                    warp 0  warp 1  …  warp 15    | warp 0 …
+//   tiles 0, 1       [ 128 ][ 128 ]  …  [ 128 ]    |              a stage: 32 rows × `warps` × 64 bytes, and the scales of them
+//   tiles 2, 3       [     ][     ]                |              order: step outer, tiles inner, so that a warp has its
+//                                                                 activations of a step in registers for all tiles
+//
+// so that memory is read 1 KB of a row at a time. Two more warps serve (stream.cuh): they fill a ring of 3 or 4 such stages by
+// asynchronous copies, with a full and an empty barrier a stage, and see to the scales. Activations of the next step come by way of
+// shared memory while this one is worked on.
+//
+// Sums stay in registers along K; then the warps' are added through shared memory in fixed order. Where activations would weigh as
+// much as weights (few tiles a block, long K), two blocks of a cluster split K between them and add their sums over distributed
+// shared memory, in fixed order again: results are equal from run to run.
+//
+// Programmatic dependent launch: the table is made and the first stages are fetched into the L2 (where a late write to them would
+// still be seen) before the kernel waits for the one ahead of it.
+//
+// Shared memory, by address: static; sums of a round; the pair table at 32 K; activations; the ring.
+// Bytes: N·K / 2 + scales + 2·M·K (from the L2) a block and group + 2·M·N.
+#include "stream.cuh"
+
+#if !defined(ELEMENT)
+#error "compile with -DELEMENT=Bf16 or F16"
+#endif
+
+constexpr u32 ROUND = 2;                  // tiles whose sums are added at a time while the ring is in use
+constexpr u32 X_ROW = SLICE * 128 + 16;   // a warp's activations of a token of a step, and what keeps tokens in different banks
+constexpr u32 X_AT = AlignedPairs::AT + TABLE_WORDS * 4;
+constexpr u32 MOST_PIECES = 8;
+
+struct Piece {
+    Weight weight;
+    const ELEMENT* bias;  // [N] or null
+    ELEMENT* out;         // [M, N]
+    u32 N;
+    u32 first;            // cluster that has its first tiles
+};
+struct Pieces {
+    Piece list[MOST_PIECES];
+};
+
+template <u32 V> struct Constant { static constexpr u32 value = V; };
+
+DEVICE uint2 load_uint2(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+DEVICE uint4 load_uint4(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+DEVICE u32 cluster_size() {
+    u32 size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+DEVICE float load_cluster_float(u32 address) {
+    float value;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
+// Adds the products of a warp's slice of one or two tiles to their sums. Loads of weights and scales come first, and two tiles
+// alternate, so that there is always something to do while one waits.
+template <int COUNT>
+DEVICE void multiply(float (&sums0)[4], float (&sums1)[4], u32 at, u32 scales, const uint4 (&b)[SLICE][1][2],
+                     const AlignedPairs& pairs) {
+    uint2 w[SLICE][COUNT][2];
+    float2 s[COUNT][2];
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) {
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {  // rows g and g + 8
+#pragma unroll
+            for (u32 k = 0; k < SLICE; ++k) w[k][i][h] = load_uint2(at + (2 * i + h) * 8 * ROW_BYTES + k * 32);
+            s[i][h] = load_float2(scales + (2 * i + h) * 8 * SCALE_FLOATS * 4);
+        }
+    }
+#pragma unroll
+    for (u32 k = 0; k < SLICE; ++k) {
+        float d[COUNT][1][4];
+        block_product<ELEMENT, COUNT, 1>(d, w[k], b[k], pairs);
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) {
+            const float low = k ? s[i][0].y : s[i][0].x, high = k ? s[i][1].y : s[i][1].x;
+            auto& sums = i ? sums1 : sums0;
+            sums[0] = fmaf(d[i][0][0], low, sums[0]), sums[1] = fmaf(d[i][0][1], low, sums[1]);
+            sums[2] = fmaf(d[i][0][2], high, sums[2]), sums[3] = fmaf(d[i][0][3], high, sums[3]);
+        }
+    }
+}
+
+KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
+    matmul_4bit_stream(const ELEMENT* x,     // [M, K], 16-byte aligned
+                       u32 M, u32 K,         // M ≤ 8, K % 64 = 0
+                       u32 log2_block,       // 6 … 12
+                       u32 nested_shift,
+                       u64 values0, u64 values1, u64 values2, u64 values3,  // the code's 16 values, 16 bits each
+                       float ungain,         // what the sums are multiplied with: 1 / the gain of the values
+                       u32 tiles_per_block,  // tiles of 16 rows that a block (a cluster, if K is split) owns; ≤ 8 in a cluster
+                       u32 stages,           // of the ring, ≤ MOST_STAGES
+                       u32 pieces,           // ≤ MOST_PIECES
+                       const __grid_constant__ Pieces all) {
+    __shared__ float map[256];
+    __shared__ __align__(16) u8 codes[CODE_STAGES * CODE_STAGE_BYTES];
+    __shared__ float partial[GROUP * TILE_FLOATS];
+    __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
+    extern __shared__ __align__(128) u8 dynamic[];  // sums [warp][tile of a round][lane][4]; …
+    let_dependents_start();
+
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 ranks = cluster_size(), rank = cluster_rank(), cluster = blockIdx.x / ranks;
+    u32 p = 0;
+    while (p + 1 < pieces && all.list[p + 1].first <= cluster) ++p;
+    const Piece& piece = all.list[p];
+    const Weight& weight = piece.weight;
+
+    Share share;
+    share.warps = blockDim.x / WARP - 2;
+    share.N = piece.N;
+    share.blocks = K / 64;
+    const u32 slices = (share.blocks + SLICE - 1) / SLICE;
+    share.first = min(slices * rank / ranks * SLICE, share.blocks);
+    share.last = min(slices * (rank + 1) / ranks * SLICE, share.blocks);
+    share.steps = (share.last - share.first + share.warps * SLICE - 1) / (share.warps * SLICE);
+    share.first_tile = (cluster - piece.first) * tiles_per_block;
+    share.tiles = min(tiles_per_block, (piece.N + 15) / 16 - share.first_tile);
+    share.stages = stages;
+    share.full = shared_address(barriers);
+    share.empty = share.full + MOST_STAGES * 8;
+    share.codes = shared_address(codes);
+    const u32 begin = shared_begin(dynamic);
+    share.x = begin + X_AT;
+    share.ring = share.x + share.warps * M * X_ROW;
+    const u32 threads = share.warps * WARP;  // that compute
+
+    auto put = [&](u32 i, float value) {  // i: [tile][lane][4]
+        const u32 e = i % TILE_FLOATS;
+        const u32 n = (share.first_tile + i / TILE_FLOATS) * 16 + e / 16 + e % 4 / 2 * 8, m = e / 4 % 4 * 2 + e % 2;
+        if (n >= share.N || m >= M) return;
+        value *= ungain;
+        piece.out[u64(m) * share.N + n] = from_float<ELEMENT>(piece.bias == nullptr ? value : value + to_float(piece.bias[n]));
+    };
+
+    if (warp >= share.warps) {
+        // What serves is under way before the table is made.
+        if (warp == share.warps) {
+            if (lane < stages) barrier_init(share.full + lane * 8, 2 * WARP + 1), barrier_init(share.empty + lane * 8, share.warps);
+            barrier_init_fence();
+            prefetch_weights(share, weight, lane);
+        }
+        wait_for_predecessors();
+        named_barrier(2, 2 * WARP);
+        asm volatile("bar.arrive 3, %0;" ::"r"(blockDim.x) : "memory");
+        const bool rows_of_four = share.blocks % 4 == 0 && share.first % 4 == 0 && log2_block == 6;
+        const bool nested = rows_of_four && weight.nested != nullptr && nested_shift >= 5 &&
+                            reinterpret_cast<u64>(weight.absmax) % 4 == 0;
+        if (warp == share.warps) {
+            if (nested) serve_weights<ROWS>(share, weight, lane);
+            else serve_weights<SPLIT_ROW>(share, weight, lane);
+        } else {
+            if (weight.nested != nullptr)
+                for (u32 i = lane; i < 256; i += WARP) map[i] = __ldg(weight.map + i);
+            __syncwarp();
+            const bool whole = rows_of_four && weight.nested == nullptr && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
+            if (whole) serve_whole_scales(share, weight, lane);
+            else if (nested) serve_nested_scales(share, weight, nested_shift, map, lane);
+            else serve_scales(share, weight, log2_block, nested_shift, map, lane);
+        }
+    } else {
+        const u32 g = lane / 4, t = lane % 4;
+        const AlignedPairs pairs(begin, lane);
+        const u32 weights_at = g * ROW_BYTES + warp * (SLICE * 32) + t * 8;
+        const u32 scales_at = (g * SCALE_FLOATS + warp * SLICE) * 4;
+        // Activations of a step have a place a warp: [token][128 of K], padded. Rows beyond M are row 0 again: their sums are not
+        // used. Beyond K they are 0.
+        const u32 x_ring = share.x + warp * M * X_ROW, x_at = x_ring + (g < M ? g : 0) * X_ROW + t * 32;
+        auto copy_activations = [&](u32 step) {
+            const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, chunk = lane % 16;
+            const bool valid = block + chunk / 8 < share.last;
+            for (u32 m = half; m < M; m += 2)
+                copy16(x_ring + m * X_ROW + chunk * 16, x + (valid ? u64(m) * K + block * 64 + chunk * 8 : 0), valid);
+            commit();
+        };
+        pairs.fill(Values{{values0, values1, values2, values3}}, threads);
+        wait_for_predecessors();
+        copy_activations(0);
+        named_barrier(3, blockDim.x);
+        Turn turn;
+        for (u32 group = 0; group < share.tiles; group += GROUP) {
+            const u32 tiles = min(GROUP, share.tiles - group);
+            float sums[GROUP][4];
+#pragma unroll
+            for (int a = 0; a < GROUP; ++a) sums[a][0] = sums[a][1] = sums[a][2] = sums[a][3] = 0.f;
+            for (u32 step = 0; step < share.steps; ++step) {
+                const u32 block = share.first + (step * share.warps + warp) * SLICE;
+                uint4 b[SLICE][1][2];
+                wait_for_copies<0>();
+                __syncwarp();
+#pragma unroll
+                for (u32 k = 0; k < SLICE; ++k)
+                    b[k][0][0] = load_uint4(x_at + k * 128), b[k][0][1] = load_uint4(x_at + k * 128 + 16);
+                __syncwarp();
+                if (step + 1 < share.steps) copy_activations(step + 1);
+                else if (group + GROUP < share.tiles) copy_activations(0);
+                auto stage = [&](auto work) {
+                    barrier_wait(share.full + turn.stage * 8, turn.parity);
+                    if (block < share.last) work(share.stage(turn.stage) + weights_at, share.scales(turn.stage) + scales_at);
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(share.empty + turn.stage * 8);
+                    turn.next(stages);
+                };
+#pragma unroll
+                for (int a = 0; a < GROUP; a += 2)
+                    if (a + 1 < tiles)
+                        stage([&](u32 at, u32 scales) { multiply<2>(sums[a], sums[a + 1], at, scales, b, pairs); });
+                // An odd last tile has its sums at GROUP - 1.
+                if (tiles % 2) stage([&](u32 at, u32 scales) { multiply<1>(sums[GROUP - 1], sums[GROUP - 1], at, scales, b, pairs); });
+            }
+
+            // Sums of the warps, in order: COUNT tiles from tile `from` of the group on, by way of shared memory at `at`.
+            auto add_up = [&](auto constant, u32 from, float* at) {
+                constexpr u32 COUNT = decltype(constant)::value;
+                named_barrier(1, threads);  // nobody reads what was there
+#pragma unroll
+                for (u32 a = 0; a < GROUP; ++a) {
+                    const u32 tile = a == GROUP - 1 && tiles % 2 ? tiles - 1 : a < (tiles & ~1u) ? a : GROUP;
+                    if (tile - from < COUNT && tile < tiles)
+                        *reinterpret_cast<float4*>(at + (warp * COUNT + tile - from) * TILE_FLOATS + lane * 4) =
+                            make_float4(sums[a][0], sums[a][1], sums[a][2], sums[a][3]);
+                }
+                named_barrier(1, threads);
+                for (u32 i = threadIdx.x; i < min(COUNT, tiles - from) * TILE_FLOATS; i += threads) {
+                    float sum = 0.f;
+#pragma unroll 4
+                    for (u32 w = 0; w < share.warps; ++w) sum += at[w * (COUNT * TILE_FLOATS) + i];
+                    if (ranks == 1) put((group + from) * TILE_FLOATS + i, sum);
+                    else partial[from * TILE_FLOATS + i] = sum;
+                }
+            };
+            // The last group has the ring to itself.
+            if (group + GROUP >= share.tiles)
+                add_up(Constant<GROUP>(), 0, reinterpret_cast<float*>(dynamic + (share.ring - shared_address(dynamic))));
+            else
+                for (u32 from = 0; from < tiles; from += ROUND) add_up(Constant<ROUND>(), from, reinterpret_cast<float*>(dynamic));
+        }
+    }
+    if (ranks > 1) {
+        // One group only. Everybody meets, so that all sums are there and nobody leaves while others read its own.
+        __syncthreads();
+        cluster_arrive(), cluster_wait();
+        for (u32 i = rank * blockDim.x + threadIdx.x; i < share.tiles * TILE_FLOATS; i += ranks * blockDim.x) {
+            float sum = 0.f;
+            for (u32 from = 0; from < ranks; ++from) sum += load_cluster_float(map_to_block(shared_address(partial + i), from));
+            put(i, sum);
+        }
+        __syncthreads();
+        cluster_arrive(), cluster_wait();
+    }
+}

@@ -1,0 +1,175 @@
+//! Up to eight rows on compute capability 9.0 and later: the kernel of cuda/src/four_bit_stream.cu.
+
+use crate::codebook::Kind;
+use crate::device::cuda::{Absmax, Arguments, Device, Kernel, Launch, Pointer, Stream, dtype_index};
+use crate::element::Dtype;
+use crate::error::Result;
+
+use super::matmul_small::mma_values;
+
+/// Most rows of activations.
+pub(super) const MOST_ROWS: usize = 8;
+/// Most weights of a launch.
+pub(super) const MOST_PIECES: usize = 8;
+
+pub(super) static STREAM: [Kernel; 2] = [
+    Kernel::new("four_bit_stream_bf16", "matmul_4bit_stream"),
+    Kernel::new("four_bit_stream_f16", "matmul_4bit_stream"),
+];
+
+/// A weight of a launch: [n, K], its scales, and where its product goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece {
+    pub(super) packed: Pointer,
+    pub(super) absmax: Absmax,
+    pub(super) bias: Option<Pointer>,
+    pub(super) out: Pointer,
+    pub(super) n: usize,
+}
+
+/// Whether the device runs this kernel: it needs nearly all of an H200's shared memory.
+pub(super) fn fits(gpu: &Device, dtype: Dtype, m: usize) -> bool {
+    gpu.capability >= 90 && gpu.shared_memory >= SHARED && dtype != Dtype::F32 && m <= MOST_ROWS
+}
+
+/// Launches the product of `x` [m, k] with each of `pieces`.
+///
+/// # Safety
+/// As `super::matmul`; K, block and alignments are those that the tensor-core kernels want, and there are 1 to [`MOST_PIECES`]
+/// pieces, all nested with one block size or all plain.
+pub(super) unsafe fn launch(
+    stream: &Stream,
+    gpu: &Device,
+    dtype: Dtype,
+    x: Pointer,
+    (m, k): (usize, usize),
+    pieces: &[Piece],
+    kind: Kind,
+    block: usize,
+) -> Result<()> {
+    let rows: [usize; MOST_PIECES] = std::array::from_fn(|i| pieces.get(i).map_or(0, |piece| piece.n));
+    let plan = Plan::new(m, &rows[..pieces.len()], k, gpu.multiprocessors);
+    let (values, gain) = mma_values(kind, dtype);
+    let mut table = [0; MOST_PIECES * PIECE_WORDS];
+    let mut shift = 0;
+    let mut first = 0;
+    for (words, piece) in table.chunks_exact_mut(PIECE_WORDS).zip(pieces) {
+        let (scales, nested, map, offset, nested_shift) = piece.absmax.parts();
+        shift = nested_shift;
+        let place = piece.n as u64 | u64::from(first) << 32;
+        words.copy_from_slice(&[piece.packed, scales, nested, map, offset, piece.bias.unwrap_or(0), piece.out, place]);
+        first += plan.clusters(piece.n);
+    }
+    let arguments = Arguments::default().u64(x).u32(m as u32).u32(k as u32).u32(block.trailing_zeros()).u32(shift);
+    let mut arguments = values
+        .into_iter()
+        .fold(arguments, Arguments::u64)
+        .u32((1.0 / gain).to_bits())
+        .u32(plan.tiles)
+        .u32(plan.stages)
+        .u32(pieces.len() as u32)
+        .block(&table);
+    // SAFETY: the arguments are those of `matmul_4bit_stream`; the caller vouches for the pointers.
+    unsafe { STREAM[dtype_index(dtype)].launch(stream, plan.launch, &mut arguments) }
+}
+
+/// `Piece` of the kernel, in 64-bit words.
+const PIECE_WORDS: usize = 8;
+/// Dynamic and static shared memory of a block, 227 KB.
+const SHARED: u32 = 227 * 1024;
+/// From the begin of shared memory to the activations: static, sums, the pair table.
+const X_AT: u32 = 64 * 1024;
+/// At most what the kernel has of static shared memory; dynamic shared memory begins behind it.
+const STATIC: u32 = 8 * 1024;
+/// At least that.
+const STATIC_MOST: u32 = 11 * 1024;
+/// Tiles of 16 rows whose sums a block has in registers at a time.
+const GROUP: u32 = 8;
+const MOST_WARPS: u32 = 16;
+const MOST_STAGES: u32 = 12;
+/// A warp's blocks of 64 in a stage.
+const SLICE: u32 = 2;
+/// A stage: 32 rows of weights and of scales, padded.
+const STAGE: u32 = 32 * (MOST_WARPS * SLICE * 32 + 32 + (MOST_WARPS * SLICE + 4) * 4);
+/// A warp's activations of a row of x and a step.
+const X_ROW: u32 = SLICE * 128 + 16;
+
+/// How a launch cuts up its products; the layout of its shared memory is that of the kernel.
+#[derive(Debug, PartialEq)]
+struct Plan {
+    launch: Launch,
+    /// Tiles of 16 rows of a block, or of the blocks of a cluster together.
+    tiles: u32,
+    stages: u32,
+}
+
+impl Plan {
+    fn new(m: usize, rows: &[usize], k: usize, multiprocessors: u32) -> Self {
+        let count = |tiles: u32| rows.iter().map(|&n| (n.div_ceil(16) as u32).div_ceil(tiles)).sum::<u32>();
+        // The fewest tiles a block with which all blocks run at once.
+        let tiles_for = |blocks: u32| {
+            let all = rows.iter().map(|&n| n.div_ceil(16) as u32).sum::<u32>();
+            let mut tiles = all.div_ceil(blocks.max(1)).max(1);
+            while count(tiles) > blocks.max(rows.len() as u32) {
+                tiles += 1;
+            }
+            tiles
+        };
+        let mut split = 1;
+        let mut tiles = tiles_for(multiprocessors);
+        // Activations that weigh half as much as the weights of a block: two blocks share their K.
+        if k >= 8192 && m as u32 * 2 >= tiles * 4 {
+            let shared = tiles_for(multiprocessors / 2);
+            if shared <= GROUP {
+                (split, tiles) = (2, shared);
+            }
+        }
+        let slices = (k / 64).div_ceil(SLICE as usize).div_ceil(split as usize) as u32;
+        let steps = slices.div_ceil(MOST_WARPS).max(1);
+        // An even number of warps, for copies of 16 bytes of scales.
+        let warps = slices.div_ceil(steps).next_multiple_of(2).max(2);
+        let x = warps * m as u32 * X_ROW;
+        let stages = ((SHARED + STATIC - STATIC_MOST - X_AT - x) / STAGE).min(MOST_STAGES);
+        Self {
+            launch: Launch {
+                grid: (count(tiles) * split, 1),
+                threads: (warps + 2) * 32,
+                shared: X_AT + x + stages * STAGE - STATIC,
+                cluster: split,
+                programmatic: true,
+            },
+            tiles,
+            stages,
+        }
+    }
+
+    /// Clusters (or blocks, where K is not split) of a weight of `n` rows.
+    fn clusters(&self, n: usize) -> u32 {
+        (n.div_ceil(16) as u32).div_ceil(self.tiles)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_cover_all_rows_and_fit() {
+        for m in 1..=MOST_ROWS {
+            for rows in
+                [&[1][..], &[16], &[4096], &[14336], &[28672], &[4096, 1024, 1024], &[1; 8], &[1 << 20], &[100, 14336]]
+            {
+                for k in [64, 128, 192, 1024, 4096, 11008, 14336, 28672, 1 << 17] {
+                    let plan = Plan::new(m, rows, k, 132);
+                    let Launch { grid, threads, shared, cluster, .. } = plan.launch;
+                    assert!(shared + STATIC_MOST <= SHARED, "{m} {rows:?} {k}: {plan:?}");
+                    assert!((2..=MOST_STAGES).contains(&plan.stages) && threads <= 576 && threads % 64 == 0);
+                    assert!(cluster == 1 || plan.tiles <= GROUP);
+                    let blocks = rows.iter().map(|&n| plan.clusters(n)).sum::<u32>() * cluster;
+                    assert_eq!(blocks, grid.0);
+                    assert!(blocks <= 132.max(rows.len() as u32 * cluster));
+                }
+            }
+        }
+    }
+}
