@@ -35,7 +35,6 @@ _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _plain = ops.PLAIN_TENSORS
-_most_rows_cuda = ops.CUDA_FUSED_MAX_M
 
 
 def matmul_4bit(A: Any, B: Any, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None) -> Any:
@@ -98,16 +97,15 @@ def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | No
         *batch, inner = A.shape
         if inner != k or not k:  # the core knows K from A only
             return None
-        if A.is_cuda:
-            if A.numel() > _most_rows_cuda * k:
-                # fp32 takes the general way, which has a guard against TF32.
-                return None if A.dtype is torch.float32 else _dense(A, B, state, bias)
-        elif A.is_cpu:
+        if A.is_cpu:
             _set_num_threads(_get_num_threads())
-        else:
+        elif not A.is_cuda:
             return None
-        out = A.new_empty((*batch, n))
-        _run(A, B, state.absmax, out, state.quant_type, state.blocksize, bias, *_nested(state))
+        out: Tensor | None = A.new_empty((*batch, n))
+        if not _run(A, B, state.absmax, out, state.quant_type, state.blocksize, bias, *_nested(state)):
+            out = None  # its memory is free for the dense one
+            # fp32 takes the general way, which has a guard against TF32.
+            return None if A.dtype is torch.float32 else _dense(A, B, state, bias)
     except (ArgumentError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
         return None
     return out
@@ -122,7 +120,7 @@ def _nested(state: Any) -> tuple[Any, ...]:
 
 
 def _dense(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor:
-    """Multiply by the dequantized weight: for many rows on CUDA."""
+    """Multiply by the dequantized weight, where the core finds that better."""
     weight = A.new_empty(state.shape)
     _dequantize(B, state.absmax, weight, state.quant_type, state.blocksize, *_nested(state))
     return torch.nn.functional.linear(A, weight, bias)

@@ -6,9 +6,6 @@ checked before anything is written; errors are those of :mod:`halfbyte.errors`.
 
 from typing import Any
 
-MATMUL_4BIT_MAX_M: int
-"""Most rows of ``x`` that :func:`matmul_4bit` takes on CUDA."""
-
 def quantize_4bit(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
 def dequantize_4bit(
     packed: Any,
@@ -33,7 +30,9 @@ def matmul_4bit(
     nested_code: Any | None = None,
     nested_offset: Any | None = None,
     nested_blocksize: int = 256,
-) -> None: ...
+) -> bool:
+    """Write ``x @ w.T + bias`` to `out`. False, and nothing written, where a dense product is the better way."""
+
 def quantize_blockwise(
     a: Any, code: Any, codes: Any, absmax: Any, blocksize: int, offset: Any | None = None, grid: bool = False
 ) -> None: ...

@@ -245,6 +245,8 @@ pub(crate) fn dequantize_4bit(
 }
 
 /// `out = x · wᵀ + bias` from packed weights; N and K are the last sizes of `out` and `x`.
+///
+/// False, and nothing written, where dequantizing the weight and a dense product is the better way.
 #[pyfunction]
 #[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256))]
 pub(crate) fn matmul_4bit(
@@ -260,7 +262,7 @@ pub(crate) fn matmul_4bit(
     nested_code: Option<&Bound<'_, PyAny>>,
     nested_offset: Option<&Bound<'_, PyAny>>,
     nested_blocksize: usize,
-) -> PyResult<()> {
+) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
     check_four_bit_block(blocksize).map_err(raise)?;
     let x = TensorRef::new("x", x)?;
@@ -297,20 +299,24 @@ pub(crate) fn matmul_4bit(
             let work = shape.1.saturating_mul(shape.2);
             detached(py, work, || four_bit::matmul_into(x, shape, packed, absmax, kind, blocksize, bias, out))
         })
-        .map_err(raise),
+        .map_err(raise)?,
         #[cfg(feature = "cuda")]
         Place::Cuda(device) => {
+            if !four_bit::cuda::fused(device, dtype, shape, blocksize).map_err(raise)? {
+                return Ok(false);
+            }
             let stream = crate::stream_of(&x, device)?;
             let bias = bias.as_ref().map(|bias| bias.address() as u64);
             let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
             let absmax = scales.device();
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
             unsafe { four_bit::cuda::matmul(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out) }
-                .map_err(raise)
+                .map_err(raise)?;
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(raise(crate::no_cuda())),
+        Place::Cuda(_) => return Err(raise(crate::no_cuda())),
     }
+    Ok(true)
 }
 
 /// (M, N, K) of `x` [..., K] and `out` [..., N].

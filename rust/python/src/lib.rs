@@ -17,13 +17,6 @@ mod _native {
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
-
-    #[cfg(feature = "cuda")]
-    #[pymodule_export]
-    const MATMUL_4BIT_MAX_M: usize = halfbyte::four_bit::cuda::MATMUL_MAX_ROWS;
-    #[cfg(not(feature = "cuda"))]
-    #[pymodule_export]
-    const MATMUL_4BIT_MAX_M: usize = 0;
 }
 
 use dlpack::{Place, TensorRef};

@@ -5,7 +5,7 @@ mod matmul;
 mod matmul_small;
 
 pub use elementwise::{dequantize, quantize};
-pub use matmul::{MATMUL_MAX_ROWS, matmul};
+pub use matmul::{fused, matmul};
 
 use crate::codebook::Kind;
 use crate::device::cuda::{Kernel, Pointer, device, dtype_index};
