@@ -33,6 +33,12 @@ def matmul_4bit(
 ) -> bool:
     """Write ``x @ w.T + bias`` to `out`. False, and nothing written, where a dense product is the better way."""
 
+def eager_matmul_4bit(x: Any, packed: Any, state: Any, bias: Any | None = None) -> Any | None:
+    """Return the product of the plain case; None for any other, and nothing is written then."""
+
+def eager_linear_4bit(layer: Any, x: Any) -> Any | None:
+    """Return the output of a ``Linear4bit`` in the plain case; None for any other, and nothing is written or set then."""
+
 def quantize_blockwise(
     a: Any, code: Any, codes: Any, absmax: Any, blocksize: int, offset: Any | None = None, grid: bool = False
 ) -> None: ...

@@ -1,6 +1,7 @@
 //! `halfbyte._native`: tensors in through `DLPack`, one call into the core, errors out as `halfbyte.errors`.
 
 mod dlpack;
+mod eager;
 mod eight_bit;
 mod errors;
 mod four_bit;
@@ -11,6 +12,8 @@ use pyo3::prelude::*;
 
 #[pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use super::eager::{eager_linear_4bit, eager_matmul_4bit};
     #[pymodule_export]
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
     #[pymodule_export]

@@ -1,0 +1,324 @@
+//! The product of a token: all that one eager `matmul_4bit` or `Linear4bit` needs, in one call from Python.
+//!
+//! At one row the product takes about as long on the GPU as Python needs to ask for it, so nothing is done twice here and
+//! nothing through torch's dispatcher. Whatever is not the plain case (a gradient, autocast, a mode, a tracer, another type of
+//! tensor, arguments that do not fit) gives `None`, before anything is written: the general way in Python takes it, and either
+//! works or raises an error that says why.
+
+use halfbyte::Dtype;
+use pyo3::exceptions::{PyException, PyTypeError};
+use pyo3::ffi;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyTuple};
+
+use crate::dlpack::{ElementKind, Place, TensorRef};
+use crate::errors::raise;
+use crate::four_bit::{Scales, dequantize, matmul, parse_kind};
+
+/// What is used of torch: found once, as every look-up would cost what a tensor's whole check costs.
+struct Torch {
+    tensor: Py<PyAny>,
+    dtypes: [Py<PyAny>; 3],
+    grad_enabled: Py<PyAny>,
+    tracing_state: Py<PyAny>,
+    /// Functions without arguments; a true result of any means that somebody watches or changes what operations do.
+    watchers: [Py<PyAny>; 3],
+    num_threads: Py<PyAny>,
+    linear: Py<PyAny>,
+    /// Allocators past the dispatcher, which is most of what an allocation costs: (sizes, strides, dtype) to a tensor, on the
+    /// current device. Missing where torch does not have them.
+    empty_cpu: Option<Py<PyAny>>,
+    empty_cuda: Option<Py<PyAny>>,
+}
+
+impl Torch {
+    fn get(py: Python<'_>) -> PyResult<&'static Self> {
+        static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+        TORCH.get_or_try_init(py, || {
+            let torch = py.import("torch")?;
+            let inner = torch.getattr("_C")?;
+            let find = |module: &Bound<'_, PyAny>, name| module.getattr(name).map(Bound::unbind);
+            let guards = inner.getattr("_dynamo").and_then(|dynamo| dynamo.getattr("guards"));
+            let allocator = |name| guards.as_ref().ok().and_then(|guards| find(guards, name).ok());
+            Ok(Self {
+                tensor: find(&torch, "Tensor")?,
+                dtypes: [find(&torch, "float32")?, find(&torch, "float16")?, find(&torch, "bfloat16")?],
+                grad_enabled: find(&torch, "is_grad_enabled")?,
+                tracing_state: find(&inner, "_get_tracing_state")?,
+                watchers: [
+                    find(&inner, "_is_any_autocast_enabled")?,
+                    find(&inner, "_len_torch_dispatch_stack")?,
+                    find(&inner, "_are_functorch_transforms_active")?,
+                ],
+                num_threads: find(&torch, "get_num_threads")?,
+                linear: find(&inner.getattr("_nn")?, "linear")?,
+                empty_cpu: allocator("_empty_strided_cpu"),
+                empty_cuda: allocator("_empty_strided_cuda"),
+            })
+        })
+    }
+
+    fn dtype<'py>(&self, py: Python<'py>, dtype: Dtype) -> &Bound<'py, PyAny> {
+        let place = match dtype {
+            Dtype::F32 => 0,
+            Dtype::F16 => 1,
+            Dtype::Bf16 => 2,
+        };
+        self.dtypes[place].bind(py)
+    }
+
+    /// Whether this thread runs operations as they are, and no gradient is wanted of `x` and `bias`.
+    fn is_plain(&self, x: &Bound<'_, PyAny>, bias: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        let py = x.py();
+        for watcher in &self.watchers {
+            if watcher.bind(py).call0()?.is_truthy()? {
+                return Ok(false);
+            }
+        }
+        if !self.tracing_state.bind(py).call0()?.is_none() {
+            return Ok(false);
+        }
+        if !self.grad_enabled.bind(py).call0()?.is_truthy()? {
+            return Ok(true);
+        }
+        let wants = |tensor: &Bound<'_, PyAny>| tensor.getattr(intern!(py, "requires_grad"))?.is_truthy();
+        Ok(!wants(x)? && !bias.map(wants).transpose()?.unwrap_or(false))
+    }
+
+    /// A new tensor [`rows`…, `columns`] for the kind of `like`, whose type and place are given.
+    fn empty<'py>(
+        &self,
+        like: &Bound<'py, PyAny>,
+        (dtype, place): (Dtype, Place),
+        rows: &[i64],
+        columns: usize,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = like.py();
+        let sizes = PyTuple::new(py, rows.iter().copied().chain([columns as i64]).collect::<Sizes>())?;
+        let allocator = match place {
+            Place::Cpu => &self.empty_cpu,
+            Place::Cuda(_) => &self.empty_cuda,
+        };
+        if let Some(allocator) = allocator {
+            let mut strides = Sizes::default();
+            let mut stride = columns as i64;
+            strides.push(1);
+            for &size in rows.iter().rev() {
+                strides.push(stride);
+                stride = stride.saturating_mul(size.max(1));
+            }
+            strides.reverse();
+            let made = allocator.bind(py).call1((&sizes, PyTuple::new(py, strides)?, self.dtype(py, dtype)))?;
+            // It is on the current device, which need not be that of `like`.
+            if TensorRef::new("out", &made)?.place().is_ok_and(|found| found == place) {
+                return Ok(made);
+            }
+        }
+        like.call_method1(intern!(py, "new_empty"), (sizes,))
+    }
+}
+
+/// The sizes of a tensor, most of which have few.
+type Sizes = Vec<i64>;
+
+/// An object's own attributes.
+fn attributes<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
+    // SAFETY: returns a new reference to the dict of an object that has one, or null with an exception set.
+    let dict = unsafe {
+        Bound::from_owned_ptr_or_err(object.py(), ffi::PyObject_GenericGetDict(object.as_ptr(), std::ptr::null_mut()))
+    }?;
+    Ok(dict.cast_into::<PyDict>()?)
+}
+
+/// What there is no plain way for. Never seen by anybody.
+fn not_plain() -> PyErr {
+    PyTypeError::new_err("not the plain case")
+}
+
+/// Entry of an object's attributes.
+fn entry<'py>(fields: &Bound<'py, PyDict>, name: &Bound<'py, pyo3::types::PyString>) -> PyResult<Bound<'py, PyAny>> {
+    fields.get_item(name)?.ok_or_else(not_plain)
+}
+
+/// A weight's `QuantState`, read once.
+struct State<'py> {
+    shape: (usize, usize),
+    kind: halfbyte::Kind,
+    blocksize: usize,
+    absmax: Bound<'py, PyAny>,
+    /// Absmax, map and offset of nested scales, and their block size.
+    nested: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize)>,
+}
+
+impl<'py> State<'py> {
+    fn read(state: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let py = state.py();
+        let fields = attributes(state)?;
+        let shape = entry(&fields, intern!(py, "shape"))?;
+        let shape = shape.cast::<PyTuple>()?;
+        if shape.len() != 2 {
+            return Err(not_plain());
+        }
+        let quant_type = entry(&fields, intern!(py, "quant_type"))?;
+        let inner = entry(&fields, intern!(py, "state2"))?;
+        let nested = if inner.is_none() || !entry(&fields, intern!(py, "nested"))?.is_truthy()? {
+            None
+        } else {
+            let inner = attributes(&inner)?;
+            Some((
+                entry(&inner, intern!(py, "absmax"))?,
+                entry(&inner, intern!(py, "code"))?,
+                entry(&fields, intern!(py, "offset"))?,
+                entry(&inner, intern!(py, "blocksize"))?.extract()?,
+            ))
+        };
+        Ok(Self {
+            shape: (shape.get_borrowed_item(0)?.extract()?, shape.get_borrowed_item(1)?.extract()?),
+            kind: parse_kind(quant_type.extract()?).map_err(raise)?,
+            blocksize: entry(&fields, intern!(py, "blocksize"))?.extract()?,
+            absmax: entry(&fields, intern!(py, "absmax"))?,
+            nested,
+        })
+    }
+
+    fn scales(&self) -> PyResult<Scales> {
+        let nested = match &self.nested {
+            None => None,
+            Some((absmax, code, offset, blocksize)) => Some((
+                TensorRef::plain("nested_absmax", absmax)?,
+                TensorRef::plain("nested_code", code)?,
+                TensorRef::plain("nested_offset", offset)?,
+                *blocksize,
+            )),
+        };
+        Ok(Scales { absmax: TensorRef::plain("absmax", &self.absmax)?, nested })
+    }
+}
+
+/// `x · wᵀ + bias`, if this is the plain case; an error or `None` if not, and nothing is written then.
+fn product<'py>(
+    torch: &Torch,
+    x: &Bound<'py, PyAny>,
+    weight: &Bound<'py, PyAny>,
+    state: &Bound<'py, PyAny>,
+    bias: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = x.py();
+    let state = State::read(state)?;
+    let (n, k) = state.shape;
+    let view = TensorRef::plain("x", x)?;
+    let (Ok(ElementKind::Float(dtype)), Ok(place)) = (view.element(), view.place()) else { return Ok(None) };
+    let Some((&inner, rows)) = view.shape().split_last() else { return Ok(None) };
+    // K is known to the core from x alone.
+    if inner as usize != k || k == 0 || view.expect_contiguous().is_err() {
+        return Ok(None);
+    }
+    match place {
+        Place::Cpu => crate::info::set_num_threads(torch.num_threads.bind(py).call0()?.extract()?),
+        #[cfg(feature = "cuda")]
+        Place::Cuda(device) => {
+            let shape = (rows.iter().map(|&size| size as usize).product(), n, k);
+            if !halfbyte::four_bit::cuda::fused(device, dtype, shape, state.blocksize).map_err(raise)? {
+                // The general way has a guard against TF32.
+                let dense = || dense(torch, x, (dtype, place), weight, &state, bias);
+                return if dtype == Dtype::F32 { Ok(None) } else { dense().map(Some) };
+            }
+        }
+        #[cfg(not(feature = "cuda"))]
+        Place::Cuda(_) => return Ok(None),
+    }
+    let out = torch.empty(x, (dtype, place), rows, n)?;
+    // Pointers are read after the last thing that could run Python.
+    let done = matmul(
+        py,
+        &TensorRef::plain("x", x)?,
+        &TensorRef::plain("packed", weight)?,
+        &state.scales()?,
+        bias.map(|bias| TensorRef::plain("bias", bias)).transpose()?.as_ref(),
+        &TensorRef::plain("out", &out)?,
+        state.kind,
+        state.blocksize,
+    )?;
+    Ok(done.then_some(out))
+}
+
+/// The product with the dequantized weight.
+fn dense<'py>(
+    torch: &Torch,
+    x: &Bound<'py, PyAny>,
+    kind: (Dtype, Place),
+    weight: &Bound<'py, PyAny>,
+    state: &State<'py>,
+    bias: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = x.py();
+    let decoded = torch.empty(x, kind, &[state.shape.0 as i64], state.shape.1)?;
+    dequantize(
+        py,
+        &TensorRef::plain("packed", weight)?,
+        &state.scales()?,
+        &TensorRef::plain("out", &decoded)?,
+        state.kind,
+        state.blocksize,
+    )?;
+    torch.linear.bind(py).call1((x, decoded, bias))
+}
+
+/// Ordinary exceptions mean that the general way has to see to it; interrupts and their like go on.
+fn or_general<T>(py: Python<'_>, result: PyResult<Option<T>>) -> PyResult<Option<T>> {
+    match result {
+        Err(error) if error.is_instance_of::<PyException>(py) => Ok(None),
+        other => other,
+    }
+}
+
+/// `halfbyte.matmul_4bit` of torch tensors, if this is the plain case; `None` if not, and nothing is written then.
+#[pyfunction]
+#[pyo3(signature = (x, packed, state, bias=None))]
+pub(crate) fn eager_matmul_4bit<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    packed: &Bound<'py, PyAny>,
+    state: &Bound<'py, PyAny>,
+    bias: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let torch = Torch::get(py)?;
+    if !x.get_type().is(&torch.tensor) {
+        return Ok(None);
+    }
+    let run = || if torch.is_plain(x, bias)? { product(torch, x, packed, state, bias) } else { Ok(None) };
+    or_general(py, run())
+}
+
+/// `Linear4bit.forward`, if this is the plain case and the input has the compute dtype; `None` if not, and nothing is written
+/// or set then.
+#[pyfunction]
+pub(crate) fn eager_linear_4bit<'py>(
+    py: Python<'py>,
+    layer: &Bound<'py, PyAny>,
+    x: &Bound<'py, PyAny>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let torch = Torch::get(py)?;
+    if !x.get_type().is(&torch.tensor) {
+        return Ok(None);
+    }
+    let run = || {
+        let fields = attributes(layer)?;
+        if !entry(&fields, intern!(py, "compute_type_is_set"))?.is_truthy()? {
+            return Ok(None);
+        }
+        let compute_dtype = entry(&fields, intern!(py, "compute_dtype"))?;
+        if !compute_dtype.is_none() && !compute_dtype.is(&x.getattr(intern!(py, "dtype"))?) {
+            return Ok(None);
+        }
+        let parameters = entry(&fields, intern!(py, "_parameters"))?.cast_into::<PyDict>()?;
+        let weight = entry(&parameters, intern!(py, "weight"))?;
+        let bias = entry(&parameters, intern!(py, "bias"))?;
+        let bias = (!bias.is_none()).then_some(&bias);
+        let state = entry(&attributes(&weight)?, intern!(py, "quant_state"))?;
+        if torch.is_plain(x, bias)? { product(torch, x, &weight, &state, bias) } else { Ok(None) }
+    };
+    or_general(py, run())
+}
