@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from math import sqrt
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from halfbyte import _native
+from halfbyte import _native, ops
 from halfbyte._matmul import autocast_dtype, matmul_4bit, matmul_as_is
 from halfbyte.errors import ArgumentError
 from halfbyte.nn.params import Params4bit, check_packed
@@ -73,21 +74,43 @@ class Linear4bit(torch.nn.Linear):
         blocksize: int = 64,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
-        self.weight = Params4bit(
-            self.weight.data,
-            requires_grad=False,
-            blocksize=blocksize,
-            compress_statistics=compress_statistics,
-            quant_type=quant_type,
-            quant_storage=quant_storage,
-            module=self,
-        )
+        options: dict[str, Any] = {
+            "blocksize": blocksize,
+            "compress_statistics": compress_statistics,
+            "quant_type": quant_type,
+            "quant_storage": quant_storage,
+            "module": self,
+        }
+        weight: Tensor = self.weight
+        if isinstance(weight, Params4bit):  # whose values are still to be drawn
+            weight.__dict__.update(options)
+        else:
+            self.weight = Params4bit(weight.data, **options)
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
         self.quant_state = None
         self.quant_storage = quant_storage
         # What compute_dtype was set to by the first input, as opposed to by someone.
         self._inferred_dtype: torch.dtype | None = None
+
+    def reset_parameters(self) -> None:
+        """Initialize as nn.Linear does; on the CPU the weight's values are drawn when something first looks at them.
+
+        Nearly every program replaces them, after seconds for each billion weights. They depend on torch's generator as
+        it is now, but are not the numbers that nn.Linear would draw.
+        """
+        weight: Tensor = self.weight
+        quantized = isinstance(weight, Params4bit) and weight.bnb_quantized
+        waits = not quantized and weight.is_cpu and ops.is_eager(weight) and weight.numel() > 0
+        if not waits or torch.is_inference_mode_enabled():
+            super().reset_parameters()
+            return
+        if not isinstance(weight, Params4bit):
+            weight = self.weight = Params4bit(weight.data)
+        weight.fill_later()
+        if self.bias is not None:
+            bound = 1 / sqrt(self.in_features)
+            torch.nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, with the format."""
