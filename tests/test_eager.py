@@ -10,7 +10,7 @@ import halfbyte
 from halfbyte import _native, ops
 from halfbyte import functional as F
 from halfbyte._matmul import matmul_as_is
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Linear4bit, LinearNF4, linear4bit
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -70,6 +70,113 @@ def test_a_layer_is_one_call(device):
         assert got is not None
         assert torch.equal(got, general(x, module.weight, module.weight.quant_state, module.bias))
         assert torch.equal(got, module(x))
+
+
+class TestCall:
+    """A layer's call goes past nn.Module's, unless somebody would miss it."""
+
+    def seen(self, module, x):
+        """Whether forward ran, and whether it made no difference to the result."""
+        ran = []
+        want = Linear4bit.forward(module, x)
+        eager = _native.eager_linear_4bit
+
+        def spy(layer, x, *forward):
+            ran.append(bool(forward))
+            return eager(layer, x, *forward)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear4bit, "_eager", spy)
+            assert torch.equal(module(x), want)
+        assert ran[0] is True
+        return len(ran) > 1
+
+    def test_hooks(self, device):
+        module, other = layer(device), layer(device)
+        x = torch.randn(2, 128, device=device, dtype=torch.bfloat16)
+        assert not self.seen(module, x)
+        calls = []
+
+        def hook(*arguments):
+            calls.append(len(arguments))
+
+        for register, expected in (
+            (module.register_forward_hook, 3),
+            (module.register_forward_pre_hook, 2),
+            (torch.nn.modules.module.register_module_forward_hook, 3),
+            (torch.nn.modules.module.register_module_forward_pre_hook, 2),
+            (torch.nn.modules.module.register_module_full_backward_hook, None),
+            (torch.nn.modules.module.register_module_full_backward_pre_hook, None),
+            (module.register_full_backward_hook, None),
+        ):
+            handle = register(hook)
+            assert self.seen(module, x)
+            assert calls == ([] if expected is None else [expected])
+            calls.clear()
+            handle.remove()
+            assert not self.seen(module, x)
+        module.register_forward_hook(hook, always_call=True)
+        assert self.seen(module, x)
+        assert not self.seen(other, x)
+
+    def test_other_forwards(self, device, monkeypatch):
+        module = layer(device)
+        x = torch.randn(2, 128, device=device, dtype=torch.bfloat16)
+        module.forward = lambda x: "theirs"
+        assert module(x) == "theirs"
+        del module.forward
+        assert not self.seen(module, x)
+
+        class Other(Linear4bit):
+            def forward(self, x):
+                return "other"
+
+        class Same(LinearNF4):
+            pass
+
+        other, same = (made(128, 48, False).to(device) for made in (Other, Same))
+        assert other(x) == "other"
+        same(x)
+        assert not self.seen(same, x)
+        module.compile(backend="eager")
+        assert torch.equal(module(x), _native.eager_linear_4bit(module, x))
+        assert _native.eager_linear_4bit(module, x, Linear4bit.forward) is None
+        monkeypatch.setattr(Linear4bit, "forward", lambda self, x: "patched")
+        assert same(x) == "patched"
+
+    def test_a_patched_module_call(self, device, monkeypatch):
+        module = layer(device)
+        x = torch.randn(2, 128, device=device, dtype=torch.bfloat16)
+        calls = []
+        original = torch.nn.Module.__call__
+
+        def counted(self, *args, **kwargs):
+            calls.append(self)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.Module, "__call__", counted)
+        module(x)
+        assert calls == [module]
+
+    def test_arguments(self, device):
+        module = layer(device)
+        x = torch.randn(2, 128, device=device, dtype=torch.bfloat16)
+        assert torch.equal(module(x=x), module(x))
+        for wrong in (lambda: module(), lambda: module(x, x), lambda: module(x, y=x)):
+            with pytest.raises(TypeError, match="forward"):
+                wrong()
+
+    def test_traces(self, device):
+        module = layer(device, dtype=torch.float32)
+        x = torch.randn(2, 128, device=device)
+        assert "halfbyte::matmul_4bit" in str(torch.jit.trace(module, x, check_trace=False).graph)
+        program = torch.export.export(module, (x,))
+        assert "halfbyte.matmul_4bit" in str(program.graph)
+        for strict in (False, True):
+            program = torch.export.export(torch.nn.Sequential(module), (x,), strict=strict)
+            assert "halfbyte.matmul_4bit" in str(program.graph)
+        compiled = torch.compile(torch.nn.Sequential(module, torch.nn.ReLU()), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), module(x).relu())
 
 
 def test_what_it_leaves_to_the_general_way(device):

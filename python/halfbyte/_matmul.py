@@ -1,8 +1,8 @@
 """``matmul_4bit``: activations times a packed weight, eager, compiled, or with a gradient.
 
 The eager call without a gradient is on the path of every token that a model generates, so all of it is one call of the
-Rust core (``rust/python/src/eager.rs``), which goes past torch's dispatcher. Whatever that refuses takes the general way,
-which either works or raises an error that says why.
+Rust core (``rust/python/src/eager.rs``), which goes past torch's dispatcher. Whatever that refuses takes the general
+way, which either works or raises an error that says why.
 """
 
 from __future__ import annotations

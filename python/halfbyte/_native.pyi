@@ -36,8 +36,11 @@ def matmul_4bit(
 def eager_matmul_4bit(x: Any, packed: Any, state: Any, bias: Any | None = None) -> Any | None:
     """Return the product of the plain case; None for any other, and nothing is written then."""
 
-def eager_linear_4bit(layer: Any, x: Any) -> Any | None:
-    """Return the output of a ``Linear4bit`` in the plain case; None for any other, and nothing is written or set then."""
+def eager_linear_4bit(layer: Any, x: Any, forward: Any | None = None) -> Any | None:
+    """Return the output of a ``Linear4bit`` in the plain case; None for any other, and nothing is written or set then.
+
+    With the class's `forward`, it is the call of the layer that is asked for, and hooks make it another case.
+    """
 
 def quantize_blockwise(
     a: Any, code: Any, codes: Any, absmax: Any, blocksize: int, offset: Any | None = None, grid: bool = False

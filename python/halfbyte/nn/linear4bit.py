@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from halfbyte import _native, ops
+from halfbyte import _native
 from halfbyte._matmul import autocast_dtype, matmul_4bit, matmul_as_is
 from halfbyte.errors import ArgumentError
+from halfbyte.nn._initial import Undrawn, can_wait
 from halfbyte.nn.params import Params4bit, check_packed
 from halfbyte.quant_state import QuantState
 
@@ -74,18 +75,23 @@ class Linear4bit(torch.nn.Linear):
         blocksize: int = 64,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
-        options: dict[str, Any] = {
-            "blocksize": blocksize,
-            "compress_statistics": compress_statistics,
-            "quant_type": quant_type,
-            "quant_storage": quant_storage,
-            "module": self,
-        }
-        weight: Tensor = self.weight
-        if isinstance(weight, Params4bit):  # whose values are still to be drawn
-            weight.__dict__.update(options)
+
+        def packable(weight: Tensor) -> Params4bit:
+            return Params4bit(
+                weight.data,
+                requires_grad=False,
+                blocksize=blocksize,
+                compress_statistics=compress_statistics,
+                quant_type=quant_type,
+                quant_storage=quant_storage,
+                module=self,
+            )
+
+        parameters = self._parameters
+        if isinstance(parameters, Undrawn):
+            parameters.replace_raw(packable)
         else:
-            self.weight = Params4bit(weight.data, **options)
+            self.weight = packable(self.weight)
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
         self.quant_state = None
@@ -100,17 +106,21 @@ class Linear4bit(torch.nn.Linear):
         it is now, but are not the numbers that nn.Linear would draw.
         """
         weight: Tensor = self.weight
-        quantized = isinstance(weight, Params4bit) and weight.bnb_quantized
-        waits = not quantized and weight.is_cpu and ops.is_eager(weight) and weight.numel() > 0
-        if not waits or torch.is_inference_mode_enabled():
+        if (isinstance(weight, Params4bit) and weight.bnb_quantized) or not can_wait(weight):
             super().reset_parameters()
             return
-        if not isinstance(weight, Params4bit):
-            weight = self.weight = Params4bit(weight.data)
-        weight.fill_later()
+        self.__dict__["_parameters"] = Undrawn(self)
         if self.bias is not None:
             bound = 1 / sqrt(self.in_features)
             torch.nn.init.uniform_(self.bias, -bound, bound)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """Register as nn.Module does; a weight that is replaced before anything looked at it is never drawn."""
+        parameters = self._parameters
+        if name == "weight" and isinstance(parameters, Undrawn):
+            parameters.register(super().register_parameter, param)
+        else:
+            super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, with the format."""
@@ -132,6 +142,14 @@ class Linear4bit(torch.nn.Linear):
                 self.compute_dtype or "torch.float32 (default)",
                 what,
             )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do as nn.Module does; in one call of the core where no hook or anything else would see the difference."""
+        if len(args) == 1 and not kwargs and not _compiling():
+            result = _eager(self, args[0], _forward)
+            if result is not None:
+                return result
+        return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias``.
@@ -294,6 +312,9 @@ class Linear4bit(torch.nn.Linear):
         template = self.weight
         fresh = template.like(data.detach(), bnb_quantized=False, quant_state=None)
         template.data = fresh.to(template.device)
+
+
+_forward = Linear4bit.forward
 
 
 class LinearFP4(Linear4bit):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
-from math import prod, sqrt
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from halfbyte.functional import quantize_4bit
 from halfbyte.quant_state import QuantState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 _STATE_PROPERTIES = {
     "absmax": lambda state: state.absmax,
@@ -63,9 +62,6 @@ class Params4bit(torch.nn.Parameter):
     ``absmax``, ``code``, ``quant_map``, ``offset``, ``state2``, ``nested_absmax``, ``nested_blocksize``,
     ``nested_quant_map``, ``nested_dtype`` and ``nested_offset`` read the state; AttributeError where there is none.
     Deep copies and pickles carry the state; the copy belongs to the copied module, or to none.
-
-    The float weight of a new layer on the CPU is random numbers that nearly every program replaces; they are drawn when
-    something first looks at them (:meth:`fill_later`).
     """
 
     blocksize: int
@@ -75,7 +71,6 @@ class Params4bit(torch.nn.Parameter):
     quant_storage: torch.dtype
     bnb_quantized: bool
     module: Any
-    _seed: int | None = None  # of initial values that are not drawn yet
 
     def __new__(  # noqa: D102  # the class says it
         cls,
@@ -155,38 +150,15 @@ class Params4bit(torch.nn.Parameter):
             module.quant_state = state
         return self
 
-    # ---- initial values
-
-    def fill_later(self) -> None:
-        """Let this float weight on the CPU have the initial values of ``nn.Linear``, drawn when they are first read.
-
-        Only the seed is drawn now, from torch's generator of the CPU. Whatever reads, writes or passes on elements,
-        or their address, finds them drawn; sizes, dtype, device and the like can be had without.
-        """
-        self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-
-    def _fill(self) -> None:
-        if self._seed is None:
-            return
-        with _filling:  # nobody sees half of them
-            if self._seed is not None:
-                with torch._C.DisableTorchFunctionSubclass():
-                    values: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
-                    generator = torch.Generator().manual_seed(self._seed)
-                    torch.nn.init.kaiming_uniform_(values, a=sqrt(5), generator=generator)
-                self.__dict__.pop("_seed", None)
-
     # Module.to() and its kin end in `parameter.data = moved`, which must bring the moved state along.
     @property
     def data(self) -> Tensor:
         """The float weight or packed bytes, as a plain tensor. Assigning a Params4bit takes over its state as well."""
-        self._fill()
         data: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
         return data
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.__dict__.pop("_seed", None)
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         if isinstance(value, Params4bit) and value is not self and value.bnb_quantized:
             self._take(value)
@@ -286,7 +258,6 @@ class Params4bit(torch.nn.Parameter):
     # ---- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        self._fill()
         return {**self.__dict__, "data": self.data, "requires_grad": self.requires_grad}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -323,9 +294,6 @@ class Params4bit(torch.nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Give the pieces of ``chunk`` and ``split`` this parameter's state; leave everything else to plain tensors."""
-        if func not in _BLIND:
-            _fill_all(args)
-            _fill_all((kwargs or {}).values())
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if func in _PIECES:
@@ -348,28 +316,6 @@ def _state_property(name: str) -> property:
 # Properties and not __getattr__, which torch.compile cannot trace on a tensor.
 for _name in _STATE_PROPERTIES:
     setattr(Params4bit, _name, _state_property(_name))
-
-_filling = threading.RLock()
-
-# What may be asked of a weight whose initial values are not drawn yet.
-_BLIND = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes")),
-    *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "grad_fn", "is_leaf", "_version")),
-    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
-    *(getattr(Tensor, name) for name in ("dim", "size", "stride", "numel", "nelement", "element_size", "get_device")),
-    *(getattr(Tensor, name) for name in ("is_contiguous", "is_floating_point", "is_complex", "requires_grad_")),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, torch.empty_like, Tensor.__hash__),
-}
-
-
-def _fill_all(values: Iterable[Any]) -> None:
-    for value in values:
-        if isinstance(value, Params4bit):
-            value._fill()
-        elif isinstance(value, (list, tuple)):
-            _fill_all(value)
-
 
 _PIECES = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 

@@ -11,7 +11,7 @@ use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::dlpack::{ElementKind, Place, TensorRef};
 use crate::errors::raise;
@@ -27,6 +27,10 @@ struct Torch {
     watchers: [Py<PyAny>; 3],
     num_threads: Py<PyAny>,
     linear: Py<PyAny>,
+    module: Py<PyAny>,
+    /// `nn.Module.__call__`, and the hooks that it runs for every module.
+    module_call: Py<PyAny>,
+    global_hooks: [Py<PyAny>; 4],
     /// Allocators past the dispatcher, which is most of what an allocation costs: (sizes, strides, dtype) to a tensor, on the
     /// current device. Missing where torch does not have them.
     empty_cpu: Option<Py<PyAny>>,
@@ -39,6 +43,7 @@ impl Torch {
         TORCH.get_or_try_init(py, || {
             let torch = py.import("torch")?;
             let inner = torch.getattr("_C")?;
+            let modules = py.import("torch.nn.modules.module")?.into_any();
             let find = |module: &Bound<'_, PyAny>, name| module.getattr(name).map(Bound::unbind);
             let guards = inner.getattr("_dynamo").and_then(|dynamo| dynamo.getattr("guards"));
             let allocator = |name| guards.as_ref().ok().and_then(|guards| find(guards, name).ok());
@@ -54,6 +59,14 @@ impl Torch {
                 ],
                 num_threads: find(&torch, "get_num_threads")?,
                 linear: find(&inner.getattr("_nn")?, "linear")?,
+                module: find(&modules, "Module")?,
+                module_call: find(&modules.getattr("Module")?, "_wrapped_call_impl")?,
+                global_hooks: [
+                    find(&modules, "_global_backward_pre_hooks")?,
+                    find(&modules, "_global_backward_hooks")?,
+                    find(&modules, "_global_forward_hooks")?,
+                    find(&modules, "_global_forward_pre_hooks")?,
+                ],
                 empty_cpu: allocator("_empty_strided_cpu"),
                 empty_cuda: allocator("_empty_strided_cuda"),
             })
@@ -87,41 +100,77 @@ impl Torch {
         Ok(!wants(x)? && !bias.map(wants).transpose()?.unwrap_or(false))
     }
 
-    /// A new tensor [`rows`…, `columns`] for the kind of `like`, whose type and place are given.
+    /// A new tensor [`rows`…, `columns`] for the kind of `like`, whose type and place are given; and what is in it.
     fn empty<'py>(
         &self,
         like: &Bound<'py, PyAny>,
         (dtype, place): (Dtype, Place),
         rows: &[i64],
         columns: usize,
-    ) -> PyResult<Bound<'py, PyAny>> {
+    ) -> PyResult<(Bound<'py, PyAny>, TensorRef)> {
+        const MOST: usize = 8;
         let py = like.py();
-        let sizes = PyTuple::new(py, rows.iter().copied().chain([columns as i64]).collect::<Sizes>())?;
+        let dimensions = rows.len() + 1;
+        if dimensions > MOST {
+            return Err(not_plain());
+        }
+        let mut sizes = [columns as i64; MOST];
+        sizes[..rows.len()].copy_from_slice(rows);
+        let shape = PyTuple::new(py, &sizes[..dimensions])?;
         let allocator = match place {
             Place::Cpu => &self.empty_cpu,
             Place::Cuda(_) => &self.empty_cuda,
         };
         if let Some(allocator) = allocator {
-            let mut strides = Sizes::default();
-            let mut stride = columns as i64;
-            strides.push(1);
-            for &size in rows.iter().rev() {
-                strides.push(stride);
-                stride = stride.saturating_mul(size.max(1));
+            let mut strides = [1; MOST];
+            for i in (0..rows.len()).rev() {
+                strides[i] = sizes[i + 1].max(1).saturating_mul(strides[i + 1]);
             }
-            strides.reverse();
-            let made = allocator.bind(py).call1((&sizes, PyTuple::new(py, strides)?, self.dtype(py, dtype)))?;
+            let strides = PyTuple::new(py, &strides[..dimensions])?;
+            let made = allocator.bind(py).call1((&shape, strides, self.dtype(py, dtype)))?;
+            let view = TensorRef::plain("out", &made)?;
             // It is on the current device, which need not be that of `like`.
-            if TensorRef::new("out", &made)?.place().is_ok_and(|found| found == place) {
-                return Ok(made);
+            if view.place().is_ok_and(|found| found == place) {
+                return Ok((made, view));
             }
         }
-        like.call_method1(intern!(py, "new_empty"), (sizes,))
+        let made = like.call_method1(intern!(py, "new_empty"), (shape,))?;
+        let view = TensorRef::plain("out", &made)?;
+        Ok((made, view))
+    }
+
+    /// Whether calling a layer comes to no more than calling `forward`, which its class still has: no hooks of its own or of
+    /// everybody, not compiled, no other `forward` put over it, nobody in the place of `nn.Module.__call__`.
+    fn calls_forward(&self, layer: &Bound<'_, PyAny>, forward: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = layer.py();
+        let fields = attributes(layer)?;
+        let none_there = |hooks: &Bound<'_, PyAny>| Ok::<_, PyErr>(hooks.cast::<PyDict>()?.is_empty());
+        let own = [
+            intern!(py, "_backward_hooks"),
+            intern!(py, "_backward_pre_hooks"),
+            intern!(py, "_forward_hooks"),
+            intern!(py, "_forward_pre_hooks"),
+        ];
+        for name in own {
+            if !none_there(&entry(&fields, name)?)? {
+                return Ok(false);
+            }
+        }
+        for hooks in &self.global_hooks {
+            if !none_there(hooks.bind(py))? {
+                return Ok(false);
+            }
+        }
+        // Each of these is absent or None unless somebody is between the call and the class's own forward.
+        for name in [intern!(py, "forward"), intern!(py, "_compiled_call_impl"), intern!(py, "_siblings")] {
+            if fields.get_item(name)?.is_some_and(|value| !value.is_none()) {
+                return Ok(false);
+            }
+        }
+        Ok(layer.get_type().getattr(intern!(py, "forward"))?.is(forward)
+            && self.module.bind(py).getattr(intern!(py, "__call__"))?.is(&self.module_call))
     }
 }
-
-/// The sizes of a tensor, most of which have few.
-type Sizes = Vec<i64>;
 
 /// An object's own attributes.
 fn attributes<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
@@ -138,7 +187,7 @@ fn not_plain() -> PyErr {
 }
 
 /// Entry of an object's attributes.
-fn entry<'py>(fields: &Bound<'py, PyDict>, name: &Bound<'py, pyo3::types::PyString>) -> PyResult<Bound<'py, PyAny>> {
+fn entry<'py>(fields: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
     fields.get_item(name)?.ok_or_else(not_plain)
 }
 
@@ -197,19 +246,24 @@ impl<'py> State<'py> {
     }
 }
 
-/// `x · wᵀ + bias`, if this is the plain case; an error or `None` if not, and nothing is written then.
+/// `x · wᵀ + bias`, if this is the plain case; an error or `None` if not, and nothing is written then. A compute dtype that is
+/// given must be that of `x`.
 fn product<'py>(
     torch: &Torch,
     x: &Bound<'py, PyAny>,
     weight: &Bound<'py, PyAny>,
     state: &Bound<'py, PyAny>,
     bias: Option<&Bound<'py, PyAny>>,
+    compute_dtype: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = x.py();
-    let state = State::read(state)?;
-    let (n, k) = state.shape;
     let view = TensorRef::plain("x", x)?;
     let (Ok(ElementKind::Float(dtype)), Ok(place)) = (view.element(), view.place()) else { return Ok(None) };
+    if compute_dtype.is_some_and(|wanted| !wanted.is(torch.dtype(py, dtype))) {
+        return Ok(None);
+    }
+    let state = State::read(state)?;
+    let (n, k) = state.shape;
     let Some((&inner, rows)) = view.shape().split_last() else { return Ok(None) };
     // K is known to the core from x alone.
     if inner as usize != k || k == 0 || view.expect_contiguous().is_err() {
@@ -229,15 +283,15 @@ fn product<'py>(
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => return Ok(None),
     }
-    let out = torch.empty(x, (dtype, place), rows, n)?;
-    // Pointers are read after the last thing that could run Python.
+    let (out, out_view) = torch.empty(x, (dtype, place), rows, n)?;
+    // Read anew, after the last thing that could run Python.
     let done = matmul(
         py,
         &TensorRef::plain("x", x)?,
         &TensorRef::plain("packed", weight)?,
         &state.scales()?,
         bias.map(|bias| TensorRef::plain("bias", bias)).transpose()?.as_ref(),
-        &TensorRef::plain("out", &out)?,
+        &out_view,
         state.kind,
         state.blocksize,
     )?;
@@ -254,15 +308,8 @@ fn dense<'py>(
     bias: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = x.py();
-    let decoded = torch.empty(x, kind, &[state.shape.0 as i64], state.shape.1)?;
-    dequantize(
-        py,
-        &TensorRef::plain("packed", weight)?,
-        &state.scales()?,
-        &TensorRef::plain("out", &decoded)?,
-        state.kind,
-        state.blocksize,
-    )?;
+    let (decoded, decoded_view) = torch.empty(x, kind, &[state.shape.0 as i64], state.shape.1)?;
+    dequantize(py, &TensorRef::plain("packed", weight)?, &state.scales()?, &decoded_view, state.kind, state.blocksize)?;
     torch.linear.bind(py).call1((x, decoded, bias))
 }
 
@@ -288,37 +335,45 @@ pub(crate) fn eager_matmul_4bit<'py>(
     if !x.get_type().is(&torch.tensor) {
         return Ok(None);
     }
-    let run = || if torch.is_plain(x, bias)? { product(torch, x, packed, state, bias) } else { Ok(None) };
+    let run = || if torch.is_plain(x, bias)? { product(torch, x, packed, state, bias, None) } else { Ok(None) };
     or_general(py, run())
 }
 
 /// `Linear4bit.forward`, if this is the plain case and the input has the compute dtype; `None` if not, and nothing is written
 /// or set then.
+///
+/// With `forward`, the one of the class, it is the layer's call that is asked for, hooks and all: `None` where those matter.
 #[pyfunction]
+#[pyo3(signature = (layer, x, forward=None))]
 pub(crate) fn eager_linear_4bit<'py>(
     py: Python<'py>,
     layer: &Bound<'py, PyAny>,
     x: &Bound<'py, PyAny>,
+    forward: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let torch = Torch::get(py)?;
     if !x.get_type().is(&torch.tensor) {
         return Ok(None);
     }
     let run = || {
+        if !forward.map_or(Ok(true), |forward| torch.calls_forward(layer, forward))? {
+            return Ok(None);
+        }
         let fields = attributes(layer)?;
         if !entry(&fields, intern!(py, "compute_type_is_set"))?.is_truthy()? {
             return Ok(None);
         }
         let compute_dtype = entry(&fields, intern!(py, "compute_dtype"))?;
-        if !compute_dtype.is_none() && !compute_dtype.is(&x.getattr(intern!(py, "dtype"))?) {
-            return Ok(None);
-        }
+        let compute_dtype = (!compute_dtype.is_none()).then_some(&compute_dtype);
         let parameters = entry(&fields, intern!(py, "_parameters"))?.cast_into::<PyDict>()?;
         let weight = entry(&parameters, intern!(py, "weight"))?;
         let bias = entry(&parameters, intern!(py, "bias"))?;
         let bias = (!bias.is_none()).then_some(&bias);
         let state = entry(&attributes(&weight)?, intern!(py, "quant_state"))?;
-        if torch.is_plain(x, bias)? { product(torch, x, &weight, &state, bias) } else { Ok(None) }
+        if !torch.is_plain(x, bias)? {
+            return Ok(None);
+        }
+        product(torch, x, &weight, &state, bias, compute_dtype)
     };
     or_general(py, run())
 }
