@@ -82,7 +82,7 @@ class Undrawn(dict[str, Any]):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (dict(self.items()),)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 def _forwarded(name: str, draws: bool) -> Any:
