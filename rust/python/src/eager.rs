@@ -15,7 +15,9 @@ use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::dlpack::{ElementKind, Place, TensorRef};
 use crate::errors::raise;
-use crate::four_bit::{Scales, dequantize, matmul, parse_kind};
+#[cfg(feature = "cuda")]
+use crate::four_bit::dequantize;
+use crate::four_bit::{Scales, matmul, parse_kind};
 
 /// What is used of torch: found once, as every look-up would cost what a tensor's whole check costs.
 struct Torch {
@@ -26,6 +28,7 @@ struct Torch {
     /// Functions without arguments; a true result of any means that somebody watches or changes what operations do.
     watchers: [Py<PyAny>; 3],
     num_threads: Py<PyAny>,
+    #[cfg(feature = "cuda")]
     linear: Py<PyAny>,
     module: Py<PyAny>,
     /// `nn.Module.__call__`, and the hooks that it runs for every module.
@@ -58,6 +61,7 @@ impl Torch {
                     find(&inner, "_are_functorch_transforms_active")?,
                 ],
                 num_threads: find(&torch, "get_num_threads")?,
+                #[cfg(feature = "cuda")]
                 linear: find(&inner.getattr("_nn")?, "linear")?,
                 module: find(&modules, "Module")?,
                 module_call: find(&modules.getattr("Module")?, "_wrapped_call_impl")?,
@@ -191,14 +195,21 @@ fn entry<'py>(fields: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyRes
     fields.get_item(name)?.ok_or_else(not_plain)
 }
 
+/// What nested scales are made of beside their codes.
+struct Inner<'py> {
+    absmax: Bound<'py, PyAny>,
+    code: Bound<'py, PyAny>,
+    offset: Bound<'py, PyAny>,
+    blocksize: usize,
+}
+
 /// A weight's `QuantState`, read once.
 struct State<'py> {
     shape: (usize, usize),
     kind: halfbyte::Kind,
     blocksize: usize,
     absmax: Bound<'py, PyAny>,
-    /// Absmax, map and offset of nested scales, and their block size.
-    nested: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize)>,
+    nested: Option<Inner<'py>>,
 }
 
 impl<'py> State<'py> {
@@ -216,12 +227,12 @@ impl<'py> State<'py> {
             None
         } else {
             let inner = attributes(&inner)?;
-            Some((
-                entry(&inner, intern!(py, "absmax"))?,
-                entry(&inner, intern!(py, "code"))?,
-                entry(&fields, intern!(py, "offset"))?,
-                entry(&inner, intern!(py, "blocksize"))?.extract()?,
-            ))
+            Some(Inner {
+                absmax: entry(&inner, intern!(py, "absmax"))?,
+                code: entry(&inner, intern!(py, "code"))?,
+                offset: entry(&fields, intern!(py, "offset"))?,
+                blocksize: entry(&inner, intern!(py, "blocksize"))?.extract()?,
+            })
         };
         Ok(Self {
             shape: (shape.get_borrowed_item(0)?.extract()?, shape.get_borrowed_item(1)?.extract()?),
@@ -235,11 +246,11 @@ impl<'py> State<'py> {
     fn scales(&self) -> PyResult<Scales> {
         let nested = match &self.nested {
             None => None,
-            Some((absmax, code, offset, blocksize)) => Some((
-                TensorRef::plain("nested_absmax", absmax)?,
-                TensorRef::plain("nested_code", code)?,
-                TensorRef::plain("nested_offset", offset)?,
-                *blocksize,
+            Some(inner) => Some((
+                TensorRef::plain("nested_absmax", &inner.absmax)?,
+                TensorRef::plain("nested_code", &inner.code)?,
+                TensorRef::plain("nested_offset", &inner.offset)?,
+                inner.blocksize,
             )),
         };
         Ok(Scales { absmax: TensorRef::plain("absmax", &self.absmax)?, nested })
@@ -299,6 +310,7 @@ fn product<'py>(
 }
 
 /// The product with the dequantized weight.
+#[cfg(feature = "cuda")]
 fn dense<'py>(
     torch: &Torch,
     x: &Bound<'py, PyAny>,

@@ -26,7 +26,7 @@ pub(super) static MATMUL_SIMT: [Kernel; 3] = [
 pub fn fused(ordinal: i32, _dtype: Dtype, (m, n, k): (usize, usize, usize), block: usize) -> Result<bool> {
     check_four_bit_block(block)?;
     device(ordinal)?;
-    Ok(m <= MOST_ROWS && n.max(k) <= i32::MAX as usize)
+    Ok(m <= MOST_ROWS && i32::try_from(n.max(k)).is_ok())
 }
 
 /// `out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]` straight from the packed weights, for what [`fused`] is true of.
