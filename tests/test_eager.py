@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import halfbyte
-from halfbyte import _native, ops
+from halfbyte import _matmul, _native, ops
 from halfbyte import functional as F
 from halfbyte._matmul import matmul_as_is
 from halfbyte.nn import Linear4bit, LinearNF4, linear4bit
@@ -220,8 +220,6 @@ def test_what_it_leaves_to_the_general_way(device):
 
     with Watch():
         assert refused(x)
-    with torch.autocast(device, torch.bfloat16):
-        assert refused(x)
     assert not refused(x.detach().requires_grad_().detach())
     leaf = x.clone().requires_grad_()
     assert refused(leaf)
@@ -241,6 +239,43 @@ def test_what_it_leaves_to_the_general_way(device):
     module.compute_dtype, module.compute_type_is_set = None, False
     assert _native.eager_linear_4bit(module, x) is None
     assert module.compute_type_is_set is False
+
+
+@pytest.mark.parametrize("inner", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("compute", [None, "inferred", *FLOATS])
+def test_autocast(device, inner, compute):
+    """Taken where nothing has to be cast, with the result that the general way has."""
+    fixed = None if compute == "inferred" else compute
+    module = Linear4bit(128, 48, False, compute_dtype=fixed, quant_type="nf4").to(device)
+    packed, state = module.weight, module.weight.quant_state
+    for dtype in FLOATS:
+        x = torch.randn(4, 128, device=device, dtype=dtype)
+        if compute == "inferred":
+            module.compute_dtype, module.compute_type_is_set = None, False
+            module(torch.zeros(1, 128, device=device))
+            assert module.compute_dtype is torch.float32
+        with torch.autocast(device, inner, enabled=inner is not None):
+            taken = _native.eager_linear_4bit(module, x)
+            wanted = module.compute_dtype if compute not in (None, "inferred") or inner is None else inner
+            assert (taken is not None) == (dtype == wanted), dtype
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(linear4bit, "_eager", lambda *_: None)
+                patch.setattr(_matmul, "_eager", lambda *_: None)
+                want = module(x)
+                product = halfbyte.matmul_4bit(x, packed, state)
+            if taken is not None:
+                assert taken.dtype == want.dtype
+                assert torch.equal(taken, want)
+            taken = _native.eager_matmul_4bit(x, packed, state)
+            assert (taken is not None) == (inner in (None, dtype))
+            if taken is not None:
+                assert taken.dtype == product.dtype
+                assert torch.equal(taken, product)
+        if compute is None and inner is None:
+            module.compute_dtype, module.compute_type_is_set = None, False
+    with torch.autocast("cpu" if device == "cuda" else "cuda", torch.float16):  # of the other device
+        x = torch.randn(4, 128, device=device)
+        assert _native.eager_matmul_4bit(x, packed, state) is not None
 
 
 @pytest.mark.parametrize("field", ["absmax", "shape", "blocksize", "quant_type", "state2", "offset", "nested"])

@@ -1,7 +1,7 @@
 //! The product of a token: all that one eager `matmul_4bit` or `Linear4bit` needs, in one call from Python.
 //!
 //! At one row the product takes about as long on the GPU as Python needs to ask for it, so nothing is done twice here and
-//! nothing through torch's dispatcher. Whatever is not the plain case (a gradient, autocast, a mode, a tracer, another type of
+//! nothing through torch's dispatcher. Whatever is not the plain case (a gradient, a cast, a mode, a tracer, another type of
 //! tensor, arguments that do not fit) gives `None`, before anything is written: the general way in Python takes it, and either
 //! works or raises an error that says why.
 
@@ -26,7 +26,10 @@ struct Torch {
     grad_enabled: Py<PyAny>,
     tracing_state: Py<PyAny>,
     /// Functions without arguments; a true result of any means that somebody watches or changes what operations do.
-    watchers: [Py<PyAny>; 3],
+    watchers: [Py<PyAny>; 2],
+    any_autocast: Py<PyAny>,
+    autocast_enabled: Py<PyAny>,
+    autocast_dtype: Py<PyAny>,
     num_threads: Py<PyAny>,
     #[cfg(feature = "cuda")]
     linear: Py<PyAny>,
@@ -56,10 +59,12 @@ impl Torch {
                 grad_enabled: find(&torch, "is_grad_enabled")?,
                 tracing_state: find(&inner, "_get_tracing_state")?,
                 watchers: [
-                    find(&inner, "_is_any_autocast_enabled")?,
                     find(&inner, "_len_torch_dispatch_stack")?,
                     find(&inner, "_are_functorch_transforms_active")?,
                 ],
+                any_autocast: find(&inner, "_is_any_autocast_enabled")?,
+                autocast_enabled: find(&torch, "is_autocast_enabled")?,
+                autocast_dtype: find(&torch, "get_autocast_dtype")?,
                 num_threads: find(&torch, "get_num_threads")?,
                 #[cfg(feature = "cuda")]
                 linear: find(&inner.getattr("_nn")?, "linear")?,
@@ -102,6 +107,19 @@ impl Torch {
         }
         let wants = |tensor: &Bound<'_, PyAny>| tensor.getattr(intern!(py, "requires_grad"))?.is_truthy();
         Ok(!wants(x)? && !bias.map(wants).transpose()?.unwrap_or(false))
+    }
+
+    /// What autocast would cast to at a place; `None` where it is off.
+    fn autocast<'py>(&self, py: Python<'py>, place: Place) -> PyResult<Option<Bound<'py, PyAny>>> {
+        if !self.any_autocast.bind(py).call0()?.is_truthy()? {
+            return Ok(None);
+        }
+        let kind = match place {
+            Place::Cpu => intern!(py, "cpu"),
+            Place::Cuda(_) => intern!(py, "cuda"),
+        };
+        let enabled = self.autocast_enabled.bind(py).call1((kind,))?.is_truthy()?;
+        enabled.then(|| self.autocast_dtype.bind(py).call1((kind,))).transpose()
     }
 
     /// A new tensor [`rows`…, `columns`] for the kind of `like`, whose type and place are given; and what is in it.
@@ -257,20 +275,40 @@ impl<'py> State<'py> {
     }
 }
 
-/// `x · wᵀ + bias`, if this is the plain case; an error or `None` if not, and nothing is written then. A compute dtype that is
-/// given must be that of `x`.
+/// What the product is to be computed in.
+#[derive(Clone, Copy)]
+enum Compute<'a, 'py> {
+    /// Autocast's dtype where that is on, else that of `x`.
+    Input,
+    /// Autocast's dtype where that is on, else this one.
+    Settled(&'a Bound<'py, PyAny>),
+    /// Autocast's dtype where that is on; else the general way has to settle it.
+    Unsettled,
+    /// This one, as somebody has said.
+    Fixed(&'a Bound<'py, PyAny>),
+}
+
+/// `x · wᵀ + bias`, if this is the plain case and nothing has to be cast; an error or `None` if not, and nothing is written then.
 fn product<'py>(
     torch: &Torch,
     x: &Bound<'py, PyAny>,
     weight: &Bound<'py, PyAny>,
     state: &Bound<'py, PyAny>,
     bias: Option<&Bound<'py, PyAny>>,
-    compute_dtype: Option<&Bound<'py, PyAny>>,
+    compute: Compute<'_, 'py>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = x.py();
     let view = TensorRef::plain("x", x)?;
     let (Ok(ElementKind::Float(dtype)), Ok(place)) = (view.element(), view.place()) else { return Ok(None) };
-    if compute_dtype.is_some_and(|wanted| !wanted.is(torch.dtype(py, dtype))) {
+    let autocast = torch.autocast(py, place)?;
+    let as_it_is = match (compute, &autocast) {
+        (Compute::Fixed(wanted), _) | (Compute::Settled(wanted), None) | (_, Some(wanted)) => {
+            wanted.is(torch.dtype(py, dtype))
+        }
+        (Compute::Input, None) => true,
+        (Compute::Unsettled, None) => false,
+    };
+    if !as_it_is {
         return Ok(None);
     }
     let state = State::read(state)?;
@@ -286,9 +324,10 @@ fn product<'py>(
         Place::Cuda(device) => {
             let shape = (rows.iter().map(|&size| size as usize).product(), n, k);
             if !halfbyte::four_bit::cuda::fused(device, dtype, shape, state.blocksize).map_err(raise)? {
-                // The general way has a guard against TF32.
+                // The general way has guards against TF32 and autocast.
+                let guarded = dtype == Dtype::F32 || autocast.is_some();
                 let dense = || dense(torch, x, (dtype, place), weight, &state, bias);
-                return if dtype == Dtype::F32 { Ok(None) } else { dense().map(Some) };
+                return if guarded { Ok(None) } else { dense().map(Some) };
             }
         }
         #[cfg(not(feature = "cuda"))]
@@ -347,7 +386,8 @@ pub(crate) fn eager_matmul_4bit<'py>(
     if !x.get_type().is(&torch.tensor) {
         return Ok(None);
     }
-    let run = || if torch.is_plain(x, bias)? { product(torch, x, packed, state, bias, None) } else { Ok(None) };
+    let run =
+        || if torch.is_plain(x, bias)? { product(torch, x, packed, state, bias, Compute::Input) } else { Ok(None) };
     or_general(py, run())
 }
 
@@ -372,11 +412,16 @@ pub(crate) fn eager_linear_4bit<'py>(
             return Ok(None);
         }
         let fields = attributes(layer)?;
-        if !entry(&fields, intern!(py, "compute_type_is_set"))?.is_truthy()? {
-            return Ok(None);
-        }
-        let compute_dtype = entry(&fields, intern!(py, "compute_dtype"))?;
-        let compute_dtype = (!compute_dtype.is_none()).then_some(&compute_dtype);
+        let dtype = entry(&fields, intern!(py, "compute_dtype"))?;
+        let inferred = entry(&fields, intern!(py, "_inferred_dtype"))?;
+        let settled = entry(&fields, intern!(py, "compute_type_is_set"))?.is_truthy()?;
+        let compute = match (settled, dtype.is_none(), dtype.is(&inferred)) {
+            (true, false, false) => Compute::Fixed(&dtype),
+            (true, false, _) => Compute::Settled(&dtype),
+            (true, true, _) => Compute::Input,
+            (false, true, _) => Compute::Unsettled,
+            (false, false, _) => return Ok(None),
+        };
         let parameters = entry(&fields, intern!(py, "_parameters"))?.cast_into::<PyDict>()?;
         let weight = entry(&parameters, intern!(py, "weight"))?;
         let bias = entry(&parameters, intern!(py, "bias"))?;
@@ -385,7 +430,7 @@ pub(crate) fn eager_linear_4bit<'py>(
         if !torch.is_plain(x, bias)? {
             return Ok(None);
         }
-        product(torch, x, &weight, &state, bias, compute_dtype)
+        product(torch, x, &weight, &state, bias, compute)
     };
     or_general(py, run())
 }
