@@ -1,8 +1,8 @@
 """``matmul_4bit``: activations times a packed weight, eager, compiled, or with a gradient.
 
-The eager call without a gradient is on the path of every token that a model generates, so it reads each thing once,
-goes past torch's dispatcher straight into the Rust core, and leaves every check to it. Whatever the core refuses, and
-whatever needs more than the core does, takes the general way, which either works or raises an error that says why.
+The eager call without a gradient is on the path of every token that a model generates, so all of it is one call of the
+Rust core (``rust/python/src/eager.rs``), which goes past torch's dispatcher. Whatever that refuses takes the general
+way, which either works or raises an error that says why.
 """
 
 from __future__ import annotations
@@ -24,18 +24,10 @@ if TYPE_CHECKING:
     from halfbyte.quant_state import QuantState
 
 # Bound here because each saves a look-up a call.
-_run = _native.matmul_4bit
-_dequantize = _native.dequantize_4bit
-_set_num_threads = _native.set_num_threads
-_get_num_threads = torch.get_num_threads
-_grad_enabled = torch.is_grad_enabled
+_eager = _native.eager_matmul_4bit
 _compiling = torch.compiler.is_dynamo_compiling
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _plain = ops.PLAIN_TENSORS
-_most_rows_cuda = ops.CUDA_FUSED_MAX_M
 
 
 def matmul_4bit(A: Any, B: Any, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None) -> Any:
@@ -73,59 +65,11 @@ def matmul_4bit(A: Any, B: Any, quant_state: QuantState, out: Tensor | None = No
 
     A weight that was quantized transposed, ``[K, N]``, is multiplied as it was meant, with a DeprecationWarning.
     """
-    if not (
-        _compiling()
-        or out is not None
-        or type(A) is not Tensor
-        or type(B) not in _plain
-        or (_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)))
-        or _any_autocast()
-        or _dispatch_modes()
-        or _functorch_active()
-        or _tracing_state() is not None
-        or not A.is_contiguous()
-    ):
+    if out is None and not _compiling():
         result = _eager(A, B, quant_state, bias)
         if result is not None:
             return result
     return _general(A, B, quant_state, out, bias)
-
-
-def _eager(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor | None:
-    """Call the core; None if it will not do, before anything was written."""
-    try:
-        n, k = state.shape
-        *batch, inner = A.shape
-        if inner != k or not k:  # the core knows K from A only
-            return None
-        if A.is_cuda:
-            if A.numel() > _most_rows_cuda * k:
-                # fp32 takes the general way, which has a guard against TF32.
-                return None if A.dtype is torch.float32 else _dense(A, B, state, bias)
-        elif A.is_cpu:
-            _set_num_threads(_get_num_threads())
-        else:
-            return None
-        out = A.new_empty((*batch, n))
-        _run(A, B, state.absmax, out, state.quant_type, state.blocksize, bias, *_nested(state))
-    except (ArgumentError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
-        return None
-    return out
-
-
-def _nested(state: Any) -> tuple[Any, ...]:
-    """Return the core's trailing arguments for nested statistics, unchecked; nothing for plain ones."""
-    state2 = state.state2
-    if state2 is None or not state.nested:
-        return ()
-    return state2.absmax, state2.code, state.offset, state2.blocksize
-
-
-def _dense(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor:
-    """Multiply by the dequantized weight: for many rows on CUDA."""
-    weight = A.new_empty(state.shape)
-    _dequantize(B, state.absmax, weight, state.quant_type, state.blocksize, *_nested(state))
-    return torch.nn.functional.linear(A, weight, bias)
 
 
 def statistics(state: QuantState, device: torch.device) -> tuple[Tensor, list[Any]]:

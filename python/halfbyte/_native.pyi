@@ -6,9 +6,6 @@ checked before anything is written; errors are those of :mod:`halfbyte.errors`.
 
 from typing import Any
 
-MATMUL_4BIT_MAX_M: int
-"""Most rows of ``x`` that :func:`matmul_4bit` takes on CUDA."""
-
 def quantize_4bit(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
 def dequantize_4bit(
     packed: Any,
@@ -33,7 +30,18 @@ def matmul_4bit(
     nested_code: Any | None = None,
     nested_offset: Any | None = None,
     nested_blocksize: int = 256,
-) -> None: ...
+) -> bool:
+    """Write ``x @ w.T + bias`` to `out`. False, and nothing written, where a dense product is the better way."""
+
+def eager_matmul_4bit(x: Any, packed: Any, state: Any, bias: Any | None = None) -> Any | None:
+    """Return the product of the plain case; None for any other, and nothing is written then."""
+
+def eager_linear_4bit(layer: Any, x: Any, forward: Any | None = None) -> Any | None:
+    """Return the output of a ``Linear4bit`` in the plain case; None for any other, and nothing is written or set then.
+
+    With the class's `forward`, it is the call of the layer that is asked for, and hooks make it another case.
+    """
+
 def quantize_blockwise(
     a: Any, code: Any, codes: Any, absmax: Any, blocksize: int, offset: Any | None = None, grid: bool = False
 ) -> None: ...

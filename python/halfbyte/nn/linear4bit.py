@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from math import sqrt
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from halfbyte import _native
 from halfbyte._matmul import autocast_dtype, matmul_4bit, matmul_as_is
 from halfbyte.errors import ArgumentError
+from halfbyte.nn._initial import Undrawn, can_wait
 from halfbyte.nn.params import Params4bit, check_packed
 from halfbyte.quant_state import QuantState
 
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("halfbyte.nn")
 
+# Bound here because each saves a look-up a call.
 _compiling = torch.compiler.is_dynamo_compiling
+_eager = _native.eager_linear_4bit
 
 
 class Linear4bit(torch.nn.Linear):
@@ -70,21 +75,52 @@ class Linear4bit(torch.nn.Linear):
         blocksize: int = 64,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
-        self.weight = Params4bit(
-            self.weight.data,
-            requires_grad=False,
-            blocksize=blocksize,
-            compress_statistics=compress_statistics,
-            quant_type=quant_type,
-            quant_storage=quant_storage,
-            module=self,
-        )
+
+        def packable(weight: Tensor) -> Params4bit:
+            return Params4bit(
+                weight.data,
+                requires_grad=False,
+                blocksize=blocksize,
+                compress_statistics=compress_statistics,
+                quant_type=quant_type,
+                quant_storage=quant_storage,
+                module=self,
+            )
+
+        parameters = self._parameters
+        if isinstance(parameters, Undrawn):
+            parameters.replace_raw(packable)
+        else:
+            self.weight = packable(self.weight)
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
         self.quant_state = None
         self.quant_storage = quant_storage
         # What compute_dtype was set to by the first input, as opposed to by someone.
         self._inferred_dtype: torch.dtype | None = None
+
+    def reset_parameters(self) -> None:
+        """Initialize as nn.Linear does; on the CPU the weight's values are drawn when something first looks at them.
+
+        Nearly every program replaces them, after seconds for each billion weights. They depend on torch's generator as
+        it is now, but are not the numbers that nn.Linear would draw.
+        """
+        weight: Tensor = self.weight
+        if (isinstance(weight, Params4bit) and weight.bnb_quantized) or not can_wait(weight):
+            super().reset_parameters()
+            return
+        self.__dict__["_parameters"] = Undrawn(self)
+        if self.bias is not None:
+            bound = 1 / sqrt(self.in_features)
+            torch.nn.init.uniform_(self.bias, -bound, bound)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """Register as nn.Module does; a weight that is replaced before anything looked at it is never drawn."""
+        parameters = self._parameters
+        if name == "weight" and isinstance(parameters, Undrawn):
+            parameters.register(super().register_parameter, param)
+        else:
+            super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, with the format."""
@@ -107,6 +143,14 @@ class Linear4bit(torch.nn.Linear):
                 what,
             )
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do as nn.Module does; in one call of the core where no hook or anything else would see the difference."""
+        if len(args) == 1 and not kwargs and not _compiling():
+            result = _eager(self, args[0], _forward)
+            if result is not None:
+                return result
+        return super().__call__(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias``.
 
@@ -125,10 +169,12 @@ class Linear4bit(torch.nn.Linear):
         ArgumentError
             If the weight is not quantized yet.
         """
-        # nn.Module.__getattr__ costs a tenth of a small layer's whole forward; it is for parameters that were replaced.
-        parameters = self._parameters
-        weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        if not _compiling():
+            result = _eager(self, x)
+            if result is not None:
+                return cast("Tensor", result)
+        weight: Any = self.weight
+        bias = self.bias
         state = getattr(weight, "quant_state", None)
         if state is None:
             state = self._state_of_module()
@@ -266,6 +312,9 @@ class Linear4bit(torch.nn.Linear):
         template = self.weight
         fresh = template.like(data.detach(), bnb_quantized=False, quant_state=None)
         template.data = fresh.to(template.device)
+
+
+_forward = Linear4bit.forward
 
 
 class LinearFP4(Linear4bit):

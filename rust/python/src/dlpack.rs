@@ -5,7 +5,7 @@
 //! current stream. Other producers go through `__dlpack__` and its capsule, which is kept for the call and dropped after it.
 
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use halfbyte::{Dtype, Error};
 use pyo3::exceptions::PyTypeError;
@@ -84,18 +84,32 @@ struct ExchangeApi {
 }
 const _: () = assert!(size_of::<ExchangeApi>() == 56);
 
-/// The tables found so far, by type: torch.Tensor, Parameter and a subclass or two. Only ever filled, never changed.
-static KNOWN: [(AtomicPtr<ffi::PyTypeObject>, AtomicPtr<ExchangeApi>); 8] =
-    [const { (AtomicPtr::new(std::ptr::null_mut()), AtomicPtr::new(std::ptr::null_mut())) }; 8];
+/// What is known of a type of tensor.
+struct Known {
+    kind: AtomicPtr<ffi::PyTypeObject>,
+    api: AtomicPtr<ExchangeApi>,
+    plain: AtomicBool,
+}
 
-/// The exchange table of an object's type, if it has one that we can read.
-fn exchange_api(object: &Bound<'_, PyAny>) -> Option<&'static ExchangeApi> {
+/// The types seen so far: torch.Tensor, Parameter and a subclass or two. Only ever filled, never changed.
+static KNOWN: [Known; 8] = [const {
+    Known {
+        kind: AtomicPtr::new(std::ptr::null_mut()),
+        api: AtomicPtr::new(std::ptr::null_mut()),
+        plain: AtomicBool::new(false),
+    }
+}; 8];
+
+/// The exchange table of an object's type, if it has one that we can read, and whether instances are plain tensors: their
+/// memory is what they say. Other subclasses may wrap, fake or shard, and their pointers mean nothing.
+fn exchange_api(object: &Bound<'_, PyAny>) -> Option<(&'static ExchangeApi, bool)> {
     let kind = object.get_type_ptr();
-    for (known, api) in &KNOWN {
-        let seen = known.load(Ordering::Acquire);
+    for known in &KNOWN {
+        let seen = known.kind.load(Ordering::Acquire);
         if seen == kind {
-            // SAFETY: `api` was stored before `known`, from a capsule that lives as long as the type, which KNOWN keeps alive.
-            return unsafe { api.load(Ordering::Relaxed).as_ref() };
+            // SAFETY: `api` was stored before `kind`, from a capsule that lives as long as the type, which KNOWN keeps alive.
+            let api = unsafe { known.api.load(Ordering::Relaxed).as_ref() };
+            return api.map(|api| (api, known.plain.load(Ordering::Relaxed)));
         }
         if seen.is_null() {
             break;
@@ -105,8 +119,9 @@ fn exchange_api(object: &Bound<'_, PyAny>) -> Option<&'static ExchangeApi> {
 }
 
 #[cold]
-fn find_exchange_api(object: &Bound<'_, PyAny>) -> Option<&'static ExchangeApi> {
-    let attribute = object.get_type().getattr("__dlpack_c_exchange_api__").ok()?;
+fn find_exchange_api(object: &Bound<'_, PyAny>) -> Option<(&'static ExchangeApi, bool)> {
+    let kind = object.get_type();
+    let attribute = kind.getattr("__dlpack_c_exchange_api__").ok()?;
     let capsule = attribute.cast::<PyCapsule>().ok()?;
     let pointer = capsule.pointer_checked(Some(c"dlpack_exchange_api")).ok()?.as_ptr().cast::<ExchangeApi>();
     // SAFETY: the capsule's name says what it points to, and such a table is static in its library.
@@ -114,17 +129,19 @@ fn find_exchange_api(object: &Bound<'_, PyAny>) -> Option<&'static ExchangeApi> 
     if api.version.major != 1 || api.dltensor_from_py_object.is_none() || api.current_work_stream.is_none() {
         return None;
     }
+    let plain_types = object.py().import("halfbyte.ops").and_then(|ops| ops.getattr("PLAIN_TENSORS"));
+    let plain = plain_types.and_then(|types| types.contains(&kind)).unwrap_or(false);
     // A slot is taken by its api first and shown by its type last. The GIL, or on free-threaded builds the exchange on the
     // api, keeps two threads from sharing one. The type is made immortal, so that its address is never another type's.
-    for (known, slot) in &KNOWN {
+    for known in &KNOWN {
         let free = std::ptr::null_mut();
-        if slot.compare_exchange(free, pointer, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            let kind = object.get_type();
-            known.store(kind.clone().into_ptr().cast(), Ordering::Release);
+        if known.api.compare_exchange(free, pointer, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            known.plain.store(plain, Ordering::Relaxed);
+            known.kind.store(kind.into_ptr().cast(), Ordering::Release);
             break;
         }
     }
-    Some(api)
+    Some((api, plain))
 }
 
 /// A tensor borrowed from Python.
@@ -154,28 +171,39 @@ pub(crate) enum ElementKind {
 impl TensorRef {
     /// Borrows `object`, which is argument `name`. The result must not outlive the call that `object` was passed to.
     pub(crate) fn new(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        if let Some(api) = exchange_api(object) {
-            let mut tensor = std::mem::MaybeUninit::<DlTensor>::uninit();
-            let fill = api.dltensor_from_py_object.expect("checked when the table was found");
-            // SAFETY: `object` is of the type that the table belongs to; on success `tensor` is filled.
-            let status = unsafe { fill(object.as_ptr().cast(), tensor.as_mut_ptr()) };
-            if status != 0 {
-                let cause = PyErr::take(object.py());
-                // torch appends a C++ stack trace; the first line says it all.
-                let first_line =
-                    |e: PyErr| e.value(object.py()).to_string().lines().next().unwrap_or_default().to_owned();
-                let got = cause.map_or_else(|| "a tensor without storage".to_owned(), first_line);
-                return Err(crate::errors::raise(Error::Device {
-                    argument: name,
-                    expected: "a CPU or CUDA tensor with storage".into(),
-                    got,
-                }));
-            }
-            // SAFETY: filled, see above.
-            let tensor = unsafe { tensor.assume_init() };
-            return Ok(Self { name, tensor, api: Some(api), read_only: false, _keeper: None });
+        match exchange_api(object) {
+            Some((api, _)) => Self::through(api, name, object),
+            None => Self::from_capsule(name, object),
         }
-        Self::from_capsule(name, object)
+    }
+
+    /// As [`TensorRef::new`], for a torch tensor whose memory is what it says; a TypeError for anything else.
+    pub(crate) fn plain(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        match exchange_api(object) {
+            Some((api, true)) => Self::through(api, name, object),
+            _ => Err(PyTypeError::new_err("not a plain tensor")),
+        }
+    }
+
+    fn through(api: &'static ExchangeApi, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let mut tensor = std::mem::MaybeUninit::<DlTensor>::uninit();
+        let fill = api.dltensor_from_py_object.expect("checked when the table was found");
+        // SAFETY: `object` is of the type that the table belongs to; on success `tensor` is filled.
+        let status = unsafe { fill(object.as_ptr().cast(), tensor.as_mut_ptr()) };
+        if status != 0 {
+            let cause = PyErr::take(object.py());
+            // torch appends a C++ stack trace; the first line says it all.
+            let first_line = |e: PyErr| e.value(object.py()).to_string().lines().next().unwrap_or_default().to_owned();
+            let got = cause.map_or_else(|| "a tensor without storage".to_owned(), first_line);
+            return Err(crate::errors::raise(Error::Device {
+                argument: name,
+                expected: "a CPU or CUDA tensor with storage".into(),
+                got,
+            }));
+        }
+        // SAFETY: filled, see above.
+        let tensor = unsafe { tensor.assume_init() };
+        Ok(Self { name, tensor, api: Some(api), read_only: false, _keeper: None })
     }
 
     fn from_capsule(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {

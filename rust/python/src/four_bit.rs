@@ -10,7 +10,7 @@ use crate::dlpack::{Place, TensorRef};
 use crate::errors::raise;
 use crate::{check_together, detached, expect_len, shape_error};
 
-fn parse_kind(name: &str) -> Result<Kind, Error> {
+pub(crate) fn parse_kind(name: &str) -> Result<Kind, Error> {
     Kind::from_name(name).ok_or_else(|| Error::Value {
         argument: "quant_type",
         expected: "'nf4' or 'fp4'".into(),
@@ -45,10 +45,10 @@ macro_rules! with_type {
 }
 pub(crate) use with_type;
 
-/// The scales of a quantized tensor, plain or nested.
-struct Scales {
-    absmax: TensorRef,
-    nested: Option<(TensorRef, TensorRef, TensorRef, usize)>,
+/// The scales of a quantized tensor, plain or nested: then with absmax, map, offset and block size of the codes.
+pub(crate) struct Scales {
+    pub(crate) absmax: TensorRef,
+    pub(crate) nested: Option<(TensorRef, TensorRef, TensorRef, usize)>,
 }
 
 impl Scales {
@@ -209,16 +209,28 @@ pub(crate) fn dequantize_4bit(
     nested_blocksize: usize,
 ) -> PyResult<()> {
     let kind = parse_kind(quant_type).map_err(raise)?;
-    check_four_bit_block(blocksize).map_err(raise)?;
     let packed = TensorRef::new("packed", packed)?;
     let out = TensorRef::new("out", out)?;
     let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
+    dequantize(py, &packed, &scales, &out, kind, blocksize)
+}
+
+/// Checks everything, then dequantizes.
+pub(crate) fn dequantize(
+    py: Python<'_>,
+    packed: &TensorRef,
+    scales: &Scales,
+    out: &TensorRef,
+    kind: Kind,
+    blocksize: usize,
+) -> PyResult<()> {
     let checked = || {
+        check_four_bit_block(blocksize)?;
         let dtype = out.float()?;
         let place = out.place()?;
-        check_together(place, &[&out, &packed])?;
+        check_together(place, &[out, packed])?;
         out.expect_writable()?;
-        expect_packed(&packed, out.len())?;
+        expect_packed(packed, out.len())?;
         scales.check(place, block_count(out.len(), blocksize))?;
         Ok((dtype, place))
     };
@@ -232,7 +244,7 @@ pub(crate) fn dequantize_4bit(
         .map_err(raise),
         #[cfg(feature = "cuda")]
         Place::Cuda(device) => {
-            let stream = crate::stream_of(&out, device)?;
+            let stream = crate::stream_of(out, device)?;
             let target = (out.address() as u64, dtype);
             let packed = packed.address() as u64;
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
@@ -245,6 +257,8 @@ pub(crate) fn dequantize_4bit(
 }
 
 /// `out = x · wᵀ + bias` from packed weights; N and K are the last sizes of `out` and `x`.
+///
+/// False, and nothing written, where dequantizing the weight and a dense product is the better way.
 #[pyfunction]
 #[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256))]
 pub(crate) fn matmul_4bit(
@@ -260,26 +274,40 @@ pub(crate) fn matmul_4bit(
     nested_code: Option<&Bound<'_, PyAny>>,
     nested_offset: Option<&Bound<'_, PyAny>>,
     nested_blocksize: usize,
-) -> PyResult<()> {
+) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
-    check_four_bit_block(blocksize).map_err(raise)?;
     let x = TensorRef::new("x", x)?;
     let packed = TensorRef::new("packed", packed)?;
     let out = TensorRef::new("out", out)?;
     let bias = TensorRef::optional("bias", bias)?;
     let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
+    matmul(py, &x, &packed, &scales, bias.as_ref(), &out, kind, blocksize)
+}
+
+/// Checks everything, then multiplies; false, and nothing written, as [`matmul_4bit`].
+pub(crate) fn matmul(
+    py: Python<'_>,
+    x: &TensorRef,
+    packed: &TensorRef,
+    scales: &Scales,
+    bias: Option<&TensorRef>,
+    out: &TensorRef,
+    kind: Kind,
+    blocksize: usize,
+) -> PyResult<bool> {
     let checked = || {
+        check_four_bit_block(blocksize)?;
         let dtype = x.float()?;
         let place = x.place()?;
-        check_together(place, &[&x, &packed, &out])?;
+        check_together(place, &[x, packed, out])?;
         out.expect_dtype(dtype)?;
         out.expect_writable()?;
-        let shape = product_shape(&x, &out)?;
+        let shape = product_shape(x, out)?;
         let (_, n, k) = shape;
-        let weights = n.checked_mul(k).ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), &out))?;
-        expect_packed(&packed, weights)?;
+        let weights = n.checked_mul(k).ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), out))?;
+        expect_packed(packed, weights)?;
         scales.check(place, block_count(weights, blocksize))?;
-        if let Some(bias) = &bias {
+        if let Some(bias) = bias {
             check_together(place, &[bias])?;
             bias.expect_dtype(dtype)?;
             expect_len(bias, n)?;
@@ -293,24 +321,28 @@ pub(crate) fn matmul_4bit(
             let (x, packed, absmax, out) =
                 unsafe { (x.slice::<T>(), packed.bytes(), scales.host(), out.slice_mut::<T>()) };
             // SAFETY: as above.
-            let bias = bias.as_ref().map(|bias| unsafe { bias.slice::<T>() });
+            let bias = bias.map(|bias| unsafe { bias.slice::<T>() });
             let work = shape.1.saturating_mul(shape.2);
             detached(py, work, || four_bit::matmul_into(x, shape, packed, absmax, kind, blocksize, bias, out))
         })
-        .map_err(raise),
+        .map_err(raise)?,
         #[cfg(feature = "cuda")]
         Place::Cuda(device) => {
-            let stream = crate::stream_of(&x, device)?;
-            let bias = bias.as_ref().map(|bias| bias.address() as u64);
+            if !four_bit::cuda::fused(device, dtype, shape, blocksize).map_err(raise)? {
+                return Ok(false);
+            }
+            let stream = crate::stream_of(x, device)?;
+            let bias = bias.map(|bias| bias.address() as u64);
             let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
             let absmax = scales.device();
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
             unsafe { four_bit::cuda::matmul(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out) }
-                .map_err(raise)
+                .map_err(raise)?;
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(raise(crate::no_cuda())),
+        Place::Cuda(_) => return Err(raise(crate::no_cuda())),
     }
+    Ok(true)
 }
 
 /// (M, N, K) of `x` [..., K] and `out` [..., N].

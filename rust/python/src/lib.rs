@@ -1,6 +1,7 @@
 //! `halfbyte._native`: tensors in through `DLPack`, one call into the core, errors out as `halfbyte.errors`.
 
 mod dlpack;
+mod eager;
 mod eight_bit;
 mod errors;
 mod four_bit;
@@ -12,18 +13,13 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
+    use super::eager::{eager_linear_4bit, eager_matmul_4bit};
+    #[pymodule_export]
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
     #[pymodule_export]
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
-
-    #[cfg(feature = "cuda")]
-    #[pymodule_export]
-    const MATMUL_4BIT_MAX_M: usize = halfbyte::four_bit::cuda::MATMUL_MAX_ROWS;
-    #[cfg(not(feature = "cuda"))]
-    #[pymodule_export]
-    const MATMUL_4BIT_MAX_M: usize = 0;
 }
 
 use dlpack::{Place, TensorRef};

@@ -10,8 +10,8 @@ use super::matmul_small::{MATMUL_MMA, MmaPlan, mma_values};
 use super::matmul_stream::{self, Piece};
 use super::{aligned, kind_number};
 
-/// Most rows of activations that [`matmul`] takes. Beyond, dequantizing and a dense product is the better way.
-pub const MATMUL_MAX_ROWS: usize = 32;
+/// Most rows of activations that [`matmul`] takes.
+const MOST_ROWS: usize = 32;
 
 /// Smallest block that the tensor-core kernel takes: its step along K.
 pub(super) const MMA_STEP: usize = 64;
@@ -22,7 +22,15 @@ pub(super) static MATMUL_SIMT: [Kernel; 3] = [
     Kernel::new("four_bit_simt", "matmul_4bit_simt_f32"),
 ];
 
-/// `out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]` for at most [`MATMUL_MAX_ROWS`] rows, straight from the packed weights.
+/// Whether [`matmul`] takes a product of this shape (M, N, K) and type on a device: false where dequantizing the weight and a
+/// dense product is the better way. A pure function of its arguments and of what the device is.
+pub fn fused(ordinal: i32, _dtype: Dtype, (m, n, k): (usize, usize, usize), block: usize) -> Result<bool> {
+    check_four_bit_block(block)?;
+    device(ordinal)?;
+    Ok(m <= MOST_ROWS && i32::try_from(n.max(k)).is_ok())
+}
+
+/// `out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]` straight from the packed weights, for what [`fused`] is true of.
 ///
 /// 16-bit activations go through the tensor cores where the GPU and the shape allow it (compute capability 8.0, K a multiple
 /// of 64, blocks of 64 and more); fp32 ones, and the rest, through fp32 arithmetic. The choice depends on shape, type and
@@ -43,8 +51,8 @@ pub unsafe fn matmul(
     out: Pointer,
 ) -> Result<()> {
     check_four_bit_block(block)?;
-    if m > MATMUL_MAX_ROWS {
-        return Err(Error::shape("x", format!("at most [{MATMUL_MAX_ROWS}, K] on CUDA"), format!("[{m}, {k}]")));
+    if m > MOST_ROWS {
+        return Err(Error::shape("x", format!("at most [{MOST_ROWS}, K] on CUDA"), format!("[{m}, {k}]")));
     }
     for (argument, size) in [("out", n), ("x", k)] {
         if size > i32::MAX as usize {

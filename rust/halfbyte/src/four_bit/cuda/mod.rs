@@ -6,7 +6,7 @@ mod matmul_small;
 mod matmul_stream;
 
 pub use elementwise::{dequantize, quantize};
-pub use matmul::{MATMUL_MAX_ROWS, matmul};
+pub use matmul::{fused, matmul};
 
 use crate::codebook::Kind;
 use crate::device::cuda::{Kernel, Pointer, device, dtype_index};
