@@ -69,8 +69,6 @@ DEVICE void copy16(u32 shared, const void* global, bool valid) {
 DEVICE void commit() { asm volatile("cp.async.commit_group;"); }
 template <int N> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
 
-DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
 // Byte J of `word` as two values in the order of the MMA: the high nibble, which is the earlier weight, in the low half.
 template <int J> DEVICE u32 decode(u32 word, const u32* table, u32 lane4) {
     u32 at = J == 0 ? word << 7 : word >> (8 * J - 7);
