@@ -18,11 +18,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+# The reciprocals of greater ones are flushed to zero, here as in bitsandbytes.
+LARGEST = {torch.bfloat16: 2.0**126, torch.float16: 65504.0, torch.float32: 2.0**126}
 SIZES = [1, 31, 1024, 1025, 8 * 4096, 70001, 1 << 20]
 
 
 def fp32(decimals: str) -> torch.Tensor:
-    """The nearest fp32 of each number; by way of a double four of NF4's points, halfway between two, would be others."""
+    """The nearest fp32 of each number. By way of a double, four of NF4's points would be others: they are halfway."""
     found = []
     for text in decimals.split():
         near = torch.tensor(float(text))
@@ -101,7 +103,7 @@ def test_four_bit_blocks_without_a_scale(kind, dtype, block):
     a[:block] = torch.tensor([0.0, -0.0]).repeat(block // 2)
     least = torch.finfo(dtype).smallest_normal
     a[block : 2 * block] = torch.tensor([least, -least / 4]).repeat(block // 2)
-    a[2 * block : 3 * block] = torch.finfo(dtype).max
+    a[2 * block : 3 * block] = LARGEST[dtype]
     a[3 * block + 5], a[4 * block + 7], a[5 * block + 11] = float("nan"), float("inf"), float("-inf")
     packed = torch.empty(3 * block, dtype=torch.uint8, device="cuda")
     absmax = torch.empty(6, device="cuda")
@@ -174,7 +176,7 @@ def test_eight_bit_blocks_without_a_scale(dtype, block):
     a = torch.randn(4 * block).to(dtype)
     a[:block] = torch.tensor([0.0, -0.0]).repeat(block // 2)
     a[block + 3], a[2 * block + 5] = float("nan"), float("inf")
-    a[3 * block :] = torch.finfo(dtype).max
+    a[3 * block :] = LARGEST[dtype]
     code = maps()["dynamic"].cuda()
     codes = torch.empty(4 * block, dtype=torch.uint8, device="cuda")
     absmax = torch.empty(4, device="cuda")
@@ -198,7 +200,9 @@ def test_double_quantization(block):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         nested_packed, nested = F.quantize_4bit(a, blocksize=block, quant_type="nf4", compress_statistics=True)
         torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if "mem" not in event.name.lower()]
+    # torch clears the semaphores of its mean, now and then: no kernel.
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_device if not name.startswith("Memset")]
     assert len(kernels) <= 3, kernels
     assert torch.equal(nested_packed, packed)
     assert torch.equal(nested.offset, plain.absmax.mean())

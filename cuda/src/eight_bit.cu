@@ -17,8 +17,8 @@
 //                                                                 everything below 2^−32 is one row on each side of zero
 //   entry                   q − row [8]   2^17 − 1 − place of the midpoint [17]   0 [7]
 //
-// so that entry + (order << 7) carries into q for a value above the row's midpoint, and q is its top byte. The dynamic maps have
-// no more than one midpoint in a row. For a map that has, the search goes on from there.
+// so that entry + (order << 7) carries into q for a value above the row's midpoint, and q is its top byte. The signed dynamic map
+// has no more than one midpoint in a row. For a map that has (the unsigned one has, between 1/2 and 1) a search starts at the row.
 struct SearchTable {
     static constexpr i32 ROWS = 27 * 64 + 1;  // on each side of zero; x̂ = ±1, or an ulp or two more, is the last
     u32 entries[2 * ROWS];
@@ -39,21 +39,20 @@ struct SearchTable {
             orders[i] = order(midpoint * 0x1p-100f);
         }
         __syncthreads();
-        // A warp takes a midpoint and writes the rows from the one before it on: as many midpoints lie below each of them. (Scaling
-        // keeps order, so that what is below a row's least order is below whatever is in the row.)
-        const u32 lane = threadIdx.x % WARP;
-#pragma unroll 4
-        for (u32 q = threadIdx.x / WARP; q < 256; q += blockDim.x / WARP) {
-            const i32 here = orders[q] >> 17, first = q == 0 ? -ROWS : max((orders[q - 1] >> 17) + 1, -ROWS);
-            if (lane == 0 && q < 255) {
-                // Two in a row, or one so small that its scaled form is inexact.
-                if ((q < 254 && orders[q + 1] >> 17 == here) || fabsf(midpoints[q]) < 0x1p-26f) atomicOr(&crowded, 1u);
+        for (i32 row = i32(threadIdx.x) - ROWS; row < ROWS; row += blockDim.x) {
+            // Scaling keeps order, so that a midpoint below the row's least order is below whatever is in the row.
+            u32 q = 0;
+#pragma unroll
+            for (u32 step = 128; step > 0; step /= 2)
+                if (orders[q + step - 1] < row * (1 << 17)) q += step;
+            u32 place = 0x1ffff;  // no midpoint: nothing is above this one
+            const i32 here = orders[q], next = orders[min(q + 1, 255u)];
+            if (here >> 17 == row) {
+                place = u32(here) & 0x1ffff;
+                // One so small that its scaled form is inexact will not do either.
+                if ((q < 254 && next >> 17 == row) || fabsf(midpoints[q]) < 0x1p-26f) atomicOr(&crowded, 1u);
             }
-            for (i32 row = first + i32(lane); row < ROWS && row <= here; row += WARP) {
-                // Without a midpoint nothing is above the last place.
-                const u32 place = row == here ? u32(orders[q]) & 0x1ffff : 0x1ffff;
-                entries[row + ROWS] = (q - u32(row)) << 24 | (0x1ffff - place) << 7;
-            }
+            entries[row + ROWS] = (q - u32(row)) << 24 | (0x1ffff - place) << 7;
         }
         __syncthreads();
     }

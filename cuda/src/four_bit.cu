@@ -15,6 +15,7 @@
 // Bytes moved an element, both ways: size + 0.5 + 4/2^b.
 // From sm_75 and PTX 6.3 on.
 #include "codebook.cuh"
+#include "encode.cuh"
 #include "tile.cuh"
 
 template <class T>
