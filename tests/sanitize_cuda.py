@@ -34,6 +34,9 @@ def main() -> None:
             bytes_ = torch.empty(n, dtype=torch.uint8, device="cuda")
             _native.quantize_blockwise(a, code, bytes_, absmax, block)
             _native.dequantize_blockwise(bytes_, code, absmax, out, block)
+            odd = torch.empty(-(-n // 100), device="cuda")
+            _native.quantize_blockwise(a, code, bytes_, odd, 100)
+            _native.quantize_blockwise(a, torch.linspace(-1, 1, 256).cuda() ** 5, bytes_, absmax, block)
         for m, n, k in ((1, 33, 320), (8, 300, 1024), (9, 17, 64), (16, 4000, 192), (3, 20, 77)):
             block = 64
             w = torch.randn(n * k).cuda()

@@ -5,6 +5,7 @@
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef int i32;
 typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
@@ -32,9 +33,22 @@ DEVICE float to_float(F16 x) {
     return y;
 }
 
-// Two floats to two 16-bit elements, the first in the low half; round to nearest even, NaN stays NaN.
+// Two 16-bit elements in a word, the first in the low half: from two floats (to nearest even, NaN stays NaN), and the larger
+// and the smaller of each.
 template <class T> struct Pack;
 template <> struct Pack<Bf16> {
+#if __CUDA_ARCH__ >= 800
+    static DEVICE u32 larger(u32 a, u32 b) {
+        u32 r;
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+        return r;
+    }
+    static DEVICE u32 smaller(u32 a, u32 b) {
+        u32 r;
+        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+        return r;
+    }
+#endif
     static DEVICE u32 two(float low, float high) {
 #if __CUDA_ARCH__ >= 800
         u32 r;
@@ -50,6 +64,18 @@ template <> struct Pack<Bf16> {
     }
 };
 template <> struct Pack<F16> {
+#if __CUDA_ARCH__ >= 800
+    static DEVICE u32 larger(u32 a, u32 b) {
+        u32 r;
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+        return r;
+    }
+    static DEVICE u32 smaller(u32 a, u32 b) {
+        u32 r;
+        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+        return r;
+    }
+#endif
     static DEVICE u32 two(float low, float high) {
         u16 l, h;
         asm("cvt.rn.f16.f32 %0, %1;" : "=h"(l) : "f"(low));
@@ -73,6 +99,8 @@ template <class T> struct Eight {
     DEVICE void set(const float (&v)[8]) {
         raw = make_uint4(Pack<T>::two(v[0], v[1]), Pack<T>::two(v[2], v[3]), Pack<T>::two(v[4], v[5]), Pack<T>::two(v[6], v[7]));
     }
+    // Moves four elements up, and four of the next eight in.
+    DEVICE void shift(const Eight& next) { raw = make_uint4(raw.z, raw.w, next.raw.x, next.raw.y); }
 };
 template <> struct Eight<F32> {
     float4 low, high;
@@ -92,39 +120,42 @@ template <> struct Eight<F32> {
         low = make_float4(v[0], v[1], v[2], v[3]);
         high = make_float4(v[4], v[5], v[6], v[7]);
     }
+    DEVICE void shift(const Eight& next) { low = high, high = next.low; }
 };
 
 // The largest magnitude, on bit patterns: as integers the magnitudes of floats keep their order, and NaN is above infinity,
 // so that a NaN in a block reaches its absmax on every architecture.
 DEVICE u32 magnitude(float x) { return as_bits(x) & 0x7fffffffu; }
 
-// The largest magnitude of eight elements, as fp32 bits.
-template <class T> DEVICE u32 magnitude(const Eight<T>& x) {
+// The largest magnitude of 8·N elements, as fp32 bits.
+template <class T, int N> DEVICE u32 magnitude(const Eight<T> (&x)[N]) {
+#if __CUDA_ARCH__ >= 800
+    constexpr bool PAIRS = sizeof(T) == 2;
+#else
+    constexpr bool PAIRS = false;
+#endif
     u32 m = 0;
+    if constexpr (PAIRS) {
+        // Two at a time: the highest and the lowest. Both instructions pass NaN on.
+        u32 high = x[0].raw.x, low = x[0].raw.x;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) m = max(m, magnitude(x.get(i)));
+        for (int i = 0; i < N; ++i) {
+            high = Pack<T>::larger(Pack<T>::larger(high, x[i].raw.x), x[i].raw.y);
+            high = Pack<T>::larger(Pack<T>::larger(high, x[i].raw.z), x[i].raw.w);
+            low = Pack<T>::smaller(Pack<T>::smaller(low, x[i].raw.x), x[i].raw.y);
+            low = Pack<T>::smaller(Pack<T>::smaller(low, x[i].raw.z), x[i].raw.w);
+        }
+        const u32 pair = Pack<T>::larger(high & 0x7fff7fffu, low & 0x7fff7fffu);
+        m = max(as_bits(to_float(T{u16(pair)})), as_bits(to_float(T{u16(pair >> 16)})));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8 * N; ++i) m = max(m, magnitude(x[i / 8].get(i % 8)));
+    }
     return m;
 }
-#if __CUDA_ARCH__ >= 800
-// 16-bit elements two at a time; the instruction passes NaN on.
-#define PAIRED_MAGNITUDE(T, type)                                                                               \
-    template <> DEVICE u32 magnitude<T>(const Eight<T>& x) {                                                    \
-        auto larger = [](u32 a, u32 b) {                                                                        \
-            u32 r;                                                                                              \
-            asm("max.NaN." type "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));                                   \
-            return r;                                                                                           \
-        };                                                                                                      \
-        auto size = [](u32 pair) { return pair & 0x7fff7fffu; };                                                \
-        u32 m = larger(larger(size(x.raw.x), size(x.raw.y)), larger(size(x.raw.z), size(x.raw.w)));             \
-        return max(as_bits(to_float(T{u16(m)})), as_bits(to_float(T{u16(m >> 16)})));                           \
-    }
-PAIRED_MAGNITUDE(Bf16, "bf16")
-PAIRED_MAGNITUDE(F16, "f16")
-#endif
 
-// x̂ = x / absmax into [−1, 1]; NaN becomes 1. `inverse` is 1 / absmax, finite for 0.
-DEVICE float clamp_unit(float x) { return fmaxf(fminf(x, 1.f), -1.f); }
-// The approximate reciprocal (an ulp at the most) is what bitsandbytes' CUDA code has, so that x̂ is the same to the bit.
+// 1 / absmax, finite for 0, x̂ = x · inverse. The approximate reciprocal (an ulp at the most) is what bitsandbytes' CUDA code has,
+// so that x̂ is the same to the bit.
 DEVICE float inverse_of(float absmax) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaxf(absmax, 0x1p-126f)));

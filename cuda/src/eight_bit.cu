@@ -3,93 +3,158 @@
 //   absmax[b] = max |x − offset| of block b        q = index of the map's entry nearest to (x − offset) / absmax
 //   x' = map[q] * absmax[b] + offset               q changes where the value passes the fp32 midpoint of two entries
 //
-// Blocks of any size; offset is a device fp32 or absent. Where it is there, x is the scales of another quantization.
-// Bytes moved an element: size + 1 + 4/block (quantize reads a block of up to 8 KB a second time, from the L1 cache).
+// offset is a device fp32 or absent. Where it is there, x is the scales of another quantization. Blocks of 2^5 … 2^12 elements
+// go by tiles (tile.cuh), as those of four_bit.cu; for blocks of any other size a warp takes one at a time and reads it twice.
+// Grid: enough blocks of threads to fill the GPU, each strides over the tensor. Bytes moved an element: size + 1 + 4/block.
 // From sm_75 and PTX 6.3 on.
 #include "common.cuh"
+#include "tile.cuh"
 
-// Where to begin the search for a code: by sign, exponent and 6 mantissa bits of x̂. For the dynamic maps no such bucket holds
-// more than one midpoint, so the search is one or two compares; for any other map it is right and takes more.
+// The code of x̂, by sign, exponent and 6 mantissa bits. `order` is an integer that rises with x̂ as its bit pattern does, and
+// its upper 15 bits are a row:
+//
+//   order of x̂ · 2^−100    row [15]   place in the row [17]      the scale makes 28 exponents of what is above 2^−26;
+//                                                                 everything below 2^−32 is one row on each side of zero
+//   entry                   q − row [8]   2^17 − 1 − place of the midpoint [17]   0 [7]
+//
+// so that entry + (order << 7) carries into q for a value above the row's midpoint, and q is its top byte. The signed dynamic map
+// has no more than one midpoint in a row. For a map that has (the unsigned one has, between 1/2 and 1) a search starts at the row.
 struct SearchTable {
-    static constexpr u32 EXPONENTS = 26, PER_SIGN = EXPONENTS * 64 + 1;
-    static constexpr u32 LEAST = (127 - EXPONENTS) << 6;  // everything below 2^-26 is one bucket
-    float midpoints[256];  // midpoints[i] between entries i and i + 1; the last one is above everything
-    u8 first[2][PER_SIGN];
+    static constexpr i32 ROWS = 27 * 64 + 1;  // on each side of zero; x̂ = ±1, or an ulp or two more, is the last
+    u32 entries[2 * ROWS];
+    float midpoints[256];  // midpoints[i] between entries i and i + 1 of the map; the last one is above everything
+    i32 orders[256];       // of the midpoints, scaled
+    u32 crowded;           // a row has two midpoints
 
-    static DEVICE u32 bucket(float x) {
-        u32 key = magnitude(x) >> 17;  // x̂ = ±1 is the last bucket
-        return min(max(key, LEAST - 1) - (LEAST - 1), PER_SIGN - 1);
+    static DEVICE i32 order(float scaled) {
+        const i32 bits = i32(as_bits(scaled));
+        return (bits & 0x7fffffff) ^ (bits >> 31);
     }
-    // The least magnitude of a bucket; 0 for the first.
-    static DEVICE float least(u32 bucket) { return bucket == 0 ? 0.f : as_float((bucket + LEAST - 1) << 17); }
-
     DEVICE void fill(const float* map) {
-        for (u32 i = threadIdx.x; i < 256; i += blockDim.x)
-            midpoints[i] = i < 255 ? __fmul_rn(__fadd_rn(map[i], map[i + 1]), 0.5f) : as_float(0x7f800000u);
+        if (threadIdx.x == 0) crowded = 0;
+        for (u32 i = threadIdx.x; i < 256; i += blockDim.x) {
+            // A midpoint of −0 counts as +0.
+            const float midpoint = i < 255 ? __fadd_rn(__fmul_rn(__fadd_rn(map[i], map[i + 1]), 0.5f), 0.f) : as_float(0x7f800000u);
+            midpoints[i] = midpoint;
+            orders[i] = order(midpoint * 0x1p-100f);
+        }
         __syncthreads();
-        for (u32 i = threadIdx.x; i < 2 * PER_SIGN; i += blockDim.x) {
-            u32 negative = i / PER_SIGN, b = i % PER_SIGN;
-            // The lowest value of the bucket: for negative ones the largest magnitude, which is the next bucket's least.
-            float low = negative ? (b + 1 < PER_SIGN ? -least(b + 1) : -1.f) : least(b);
-            u32 lo = 0, hi = 255;  // the number of midpoints below `low`
-            while (lo < hi) {
-                u32 mid = (lo + hi) / 2;
-                if (midpoints[mid] < low) lo = mid + 1; else hi = mid;
+        for (i32 row = i32(threadIdx.x) - ROWS; row < ROWS; row += blockDim.x) {
+            // Scaling keeps order, so that a midpoint below the row's least order is below whatever is in the row.
+            u32 q = 0;
+#pragma unroll
+            for (u32 step = 128; step > 0; step /= 2)
+                if (orders[q + step - 1] < row * (1 << 17)) q += step;
+            u32 place = 0x1ffff;  // no midpoint: nothing is above this one
+            const i32 here = orders[q], next = orders[min(q + 1, 255u)];
+            if (here >> 17 == row) {
+                place = u32(here) & 0x1ffff;
+                // One so small that its scaled form is inexact will not do either.
+                if ((q < 254 && next >> 17 == row) || fabsf(midpoints[q]) < 0x1p-26f) atomicOr(&crowded, 1u);
             }
-            first[negative][b] = u8(lo);
+            entries[row + ROWS] = (q - u32(row)) << 24 | (0x1ffff - place) << 7;
         }
         __syncthreads();
     }
-    DEVICE u32 encode(float x) const {
-        u32 q = first[as_bits(x) >> 31][bucket(x)];
+    // Codes are top bytes. `scaled` is x̂ · 2^−100, of |x̂| ≤ 1 but for an ulp or two.
+    DEVICE u32 encode(float scaled) const {
+        const i32 at = order(scaled);
+        return entries[(at >> 17) + ROWS] + (u32(at) << 7);
+    }
+    // For any map and any x̂.
+    DEVICE u32 search(float x) const {
+        const i32 row = order(x * 0x1p-100f) >> 17;
+        u32 q = (entries[row + ROWS] >> 24) + u32(row) & 0xff;
         while (x > midpoints[q]) ++q;  // ends at the last: nothing is above infinity
-        return q;
+        return q << 24;
     }
 };
 
+// x̂ = (x − shift) / absmax into [−1, 1]; NaN becomes 1. `inverse` is 1 / absmax, finite for 0.
+DEVICE float clamp_unit(float x) { return fmaxf(fminf(x, 1.f), -1.f); }
+
+// Four codes in the top bytes of words, as four bytes.
+DEVICE u32 top_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410); }
+
 template <class T>
-DEVICE void quantize(const T* a, u64 n, const float* map, const float* offset, u8* codes, float* absmax, u32 block, u32 aligned) {
+DEVICE void quantize(const T* a, u64 n, const float* map, const float* offset, u8* codes, float* absmax, u32 log2_block, u32 aligned) {
+    constexpr bool SHIFTED = sizeof(T) == 4;  // scales are fp32
+    __shared__ SearchTable table;
+    __shared__ u32 warp_max[2][WARPS<T>];
+    extern __shared__ __align__(128) u8 stages[];
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, stride = gridDim.x * WARPS<T>;
+    const Ring<T> ring(shared_address(stages) + warp * Ring<T>::BYTES, a, n, aligned, lane);
+    u32 tile = blockIdx.x * WARPS<T> + warp, turn = 0;
+    ring.fetch(turn, tile);
+    table.fill(map);
+    const float shift = SHIFTED && offset != nullptr ? *offset : 0.f;
+    const bool crowded = table.crowded;
+
+    // All warps of a block of threads take as many turns: they may share a block of elements.
+    for (const u32 end = u32((n + TILE - 1) / TILE); tile - warp < end; tile += stride, turn ^= 1) {
+        Eight<T> x[4];
+        ring.read(turn, tile, x);
+        ring.fetch(turn ^ 1, tile + stride);
+        const u64 first = u64(tile) * TILE + lane * 32;
+
+        if constexpr (SHIFTED) {
+            // What is past the end counts for nothing.
+            const bool whole = ring.is_whole(tile);
+#pragma unroll
+            for (u32 g = 0; g < 4; ++g) {
+                float v[8];
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) v[i] = whole || first + g * 8 + i < n ? x[g].get(i) - shift : 0.f;
+                x[g].set(v);
+            }
+        }
+        const u32 m = block_max(magnitude(x), log2_block, warp_max, turn);
+        const float scale = as_float(m), inverse = inverse_of(scale);
+        if ((u32(first) & ((1u << log2_block) - 1)) == 0 && first < n) absmax[first >> log2_block] = scale;
+        u32 words[8] = {};
+        if (!crowded && scale < 0x1p20f) {  // so that the scaled inverse is exact
+            const float scaled = inverse * 0x1p-100f;
+#pragma unroll
+            for (u32 i = 0; i < 32; i += 4) {
+                auto code = [&](u32 j) { return table.encode(x[j / 8].get(j % 8) * scaled); };
+                words[i / 4] = top_bytes(code(i), code(i + 1), code(i + 2), code(i + 3));
+            }
+        } else {
+            // Four at a time, the others moving up: indices of registers are constants.
+#pragma unroll 1
+            for (u32 i = 0; i < 32; i += 4) {
+                auto code = [&](u32 j) { return table.search(clamp_unit(x[0].get(j) * inverse)); };
+                const u32 word = top_bytes(code(0), code(1), code(2), code(3));
+#pragma unroll
+                for (u32 w = 0; w < 7; ++w) words[w] = words[w + 1];
+                words[7] = word;
+#pragma unroll
+                for (u32 g = 0; g < 4; ++g) x[g].shift(x[g < 3 ? g + 1 : 3]);
+            }
+        }
+        ring.write(turn, tile, words, codes, n);
+    }
+}
+
+// Blocks of any size: a warp takes one at a time.
+template <class T>
+DEVICE void quantize_any(const T* a, u64 n, const float* map, const float* offset, u8* codes, float* absmax, u32 block) {
     __shared__ SearchTable table;
     table.fill(map);
-    u32 lane = threadIdx.x % WARP;
-    float shift = offset == nullptr ? 0.f : *offset;
-    u64 blocks = (n + block - 1) / block, warps = u64(gridDim.x) * (blockDim.x / WARP);
-    bool vectors = aligned && block % 256 == 0;
+    const u32 lane = threadIdx.x % WARP;
+    const float shift = offset == nullptr ? 0.f : *offset;
+    const u64 blocks = (n + block - 1) / block, warps = u64(gridDim.x) * (blockDim.x / WARP);
     for (u64 b = u64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP; b < blocks; b += warps) {
-        u64 base = b * block;
-        u32 length = u32(min(u64(block), n - base));
-        bool whole = vectors && length == block;
+        const u64 base = b * block;
+        const u32 length = u32(min(u64(block), n - base));
         u32 m = 0;
-        if (whole) {
-#pragma unroll 4
-            for (u32 i = lane * 8; i < length; i += 256) {
-                Eight<T> x;
-                x.load(a + base + i);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) m = max(m, magnitude(x.get(j) - shift));
-            }
-        } else {
-            for (u32 i = lane; i < length; i += WARP) m = max(m, magnitude(to_float(a[base + i]) - shift));
-        }
+        for (u32 i = lane; i < length; i += WARP) m = max(m, magnitude(to_float(a[base + i]) - shift));
 #pragma unroll
         for (u32 step = WARP / 2; step > 0; step >>= 1) m = max(m, __shfl_xor_sync(ALL_LANES, m, step));
-        float scale = as_float(m), inverse = inverse_of(scale);
+        const float scale = as_float(m), inverse = inverse_of(scale);
         if (lane == 0) absmax[b] = scale;
-        if (whole) {
-#pragma unroll 2
-            for (u32 i = lane * 8; i < length; i += 256) {
-                Eight<T> x;
-                x.load(a + base + i);
-                u32 word[2] = {0, 0};
-#pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    word[j / 4] |= table.encode(clamp_unit((x.get(j) - shift) * inverse)) << (8 * (j % 4));
-                *reinterpret_cast<uint2*>(codes + base + i) = make_uint2(word[0], word[1]);
-            }
-        } else {
-            for (u32 i = lane; i < length; i += WARP)
-                codes[base + i] = u8(table.encode(clamp_unit((to_float(a[base + i]) - shift) * inverse)));
-        }
+        for (u32 i = lane; i < length; i += WARP)
+            codes[base + i] = u8(table.search(clamp_unit((to_float(a[base + i]) - shift) * inverse)) >> 24);
     }
 }
 
@@ -97,56 +162,68 @@ template <class T>
 DEVICE void dequantize(const u8* codes, const float* map, const float* absmax, const float* offset, T* out, u64 n, u32 block,
                        u32 aligned) {
     __shared__ float values[256];
-    for (u32 i = threadIdx.x; i < 256; i += blockDim.x) values[i] = map[i];
-    __syncthreads();
-    float shift = offset == nullptr ? 0.f : *offset;
-    bool shifted = offset != nullptr;
-    bool power = (block & (block - 1)) == 0;
-    u32 log2_block = 31 - __clz(block);
+    constexpr u32 GROUPS = 2, SPAN = 256 * GROUPS;
+    const u32 lane = threadIdx.x % WARP;
+    const u64 base = (u64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP) * SPAN;
+    const bool whole = aligned && base + SPAN <= n && block % 8 == 0, power = (block & (block - 1)) == 0;
+    const u32 log2_block = 31 - __clz(block);
     auto block_of = [&](u64 i) { return power ? i >> log2_block : i / block; };
+    // Everything is asked for before the table is made.
+    uint2 word[GROUPS];
+    float scale[GROUPS];
+    if (whole) {
+#pragma unroll
+        for (u32 g = 0; g < GROUPS; ++g) {
+            const u64 first = base + g * 256 + lane * 8;
+            word[g] = __ldg(reinterpret_cast<const uint2*>(codes + first));
+            scale[g] = __ldg(absmax + block_of(first));
+        }
+    }
+    for (u32 i = threadIdx.x; i < 256; i += blockDim.x) values[i] = __ldg(map + i);
+    const bool shifted = offset != nullptr;
+    const float shift = shifted ? *offset : 0.f;
+    __syncthreads();
     auto value = [&](u32 q, float scale) {
-        float v = __fmul_rn(values[q], scale);
+        const float v = __fmul_rn(values[q], scale);
         return shifted ? __fadd_rn(v, shift) : v;
     };
-    constexpr int GROUPS = 4;
-    constexpr u64 SPAN = 256 * GROUPS;
-    u32 lane = threadIdx.x % WARP;
-    u64 warps = u64(gridDim.x) * (blockDim.x / WARP);
-    for (u64 base = (u64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP) * SPAN; base < n; base += warps * SPAN) {
-        if (aligned && base + SPAN <= n && block % 8 == 0) {
-            uint2 word[GROUPS];
-            float scale[GROUPS];
+    if (whole) {
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) {
-                u64 first = base + g * 256 + lane * 8;
-                word[g] = __ldg(reinterpret_cast<const uint2*>(codes + first));
-                scale[g] = __ldg(absmax + block_of(first));
-            }
+        for (u32 g = 0; g < GROUPS; ++g) {
+            float v[8];
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) {
-                float v[8];
-#pragma unroll
-                for (int i = 0; i < 8; ++i) v[i] = value((i < 4 ? word[g].x >> (8 * i) : word[g].y >> (8 * i - 32)) & 0xff, scale[g]);
-                Eight<T> y;
-                y.set(v);
-                y.store(out + base + g * 256 + lane * 8);
-            }
-        } else {
-            for (u64 at = base + lane; at < base + SPAN && at < n; at += WARP)
-                out[at] = from_float<T>(value(codes[at], absmax[block_of(at)]));
+            for (int i = 0; i < 8; ++i) v[i] = value((i < 4 ? word[g].x >> (8 * i) : word[g].y >> (8 * i - 32)) & 0xff, scale[g]);
+            Eight<T> y;
+            y.set(v);
+            y.store(out + base + g * 256 + lane * 8);
         }
+    } else {
+#pragma unroll 1
+        for (u64 at = base + lane; at < base + SPAN && at < n; at += WARP)
+            out[at] = from_float<T>(value(codes[at], absmax[block_of(at)]));
     }
 }
 
-#define BOTH(dtype, T)                                                                                                          \
-    KERNEL __launch_bounds__(256) quantize_8bit_##dtype(const T* a,           /* [n] */                                         \
-                                                        u64 n,                                                                  \
-                                                        const float* map,     /* [256], rising */                               \
-                                                        const float* offset,  /* [1] or null */                                 \
-                                                        u8* codes,            /* [n] */                                         \
-                                                        float* absmax,        /* [ceil(n / block)] */                           \
-                                                        u32 block, u32 aligned) { /* a and codes to 16 bytes */                 \
-        quantize<T>(a, n, map, offset, codes, absmax, block, aligned);                                                          \
+#define ALL(dtype, T)                                                                                                           \
+    KERNEL __launch_bounds__(WARPS<T> * 32, 32 / WARPS<T>) quantize_8bit_##dtype(                                            \
+        const T* a,          /* [n] */                                                                                          \
+        u64 n,                                                                                                                  \
+        const float* map,    /* [256], rising */                                                                                \
+        const float* offset, /* [1] or null; null unless fp32 */                                                                \
+        u8* codes,           /* [n] */                                                                                          \
+        float* absmax,       /* [ceil(n / 2^log2_block)] */                                                                     \
+        u32 log2_block,      /* 5 … 12 */                                                                                       \
+        u32 aligned) {       /* a and codes to 16 bytes */                                                                      \
+        quantize<T>(a, n, map, offset, codes, absmax, log2_block, aligned);                                                     \
+    }                                                                                                                           \
+    KERNEL __launch_bounds__(256) quantize_8bit_any_##dtype(const T* a,           /* [n] */                                     \
+                                                            u64 n,                                                              \
+                                                            const float* map,     /* [256], rising */                           \
+                                                            const float* offset,  /* [1] or null */                             \
+                                                            u8* codes,            /* [n] */                                     \
+                                                            float* absmax,        /* [ceil(n / block)] */                       \
+                                                            u32 block) {                                                        \
+        quantize_any<T>(a, n, map, offset, codes, absmax, block);                                                               \
     }                                                                                                                           \
     KERNEL __launch_bounds__(256) dequantize_8bit_##dtype(const u8* codes,      /* [n] */                                       \
                                                           const float* map,     /* [256] */                                     \
@@ -156,6 +233,6 @@ DEVICE void dequantize(const u8* codes, const float* map, const float* absmax, c
                                                           u64 n, u32 block, u32 aligned) { /* codes and out to 16 bytes */      \
         dequantize<T>(codes, map, absmax, offset, out, n, block, aligned);                                                      \
     }
-BOTH(bf16, Bf16)
-BOTH(f16, F16)
-BOTH(f32, F32)
+ALL(bf16, Bf16)
+ALL(f16, F16)
+ALL(f32, F32)

@@ -130,9 +130,11 @@ KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
     share.warps = blockDim.x / WARP - 2;
     share.N = piece.N;
     share.blocks = K / 64;
-    const u32 slices = (share.blocks + SLICE - 1) / SLICE;
-    share.first = min(slices * rank / ranks * SLICE, share.blocks);
-    share.last = min(slices * (rank + 1) / ranks * SLICE, share.blocks);
+    // Parts of K end at every second slice, so that their scales are as aligned as those of whole rows. (As the number of warps is
+    // even, that takes no step more.)
+    auto part = [&](u32 i) { return min(((share.blocks + SLICE - 1) / SLICE * i / ranks + 1) / 2 * (2 * SLICE), share.blocks); };
+    share.first = part(rank);
+    share.last = part(rank + 1);
     share.steps = (share.last - share.first + share.warps * SLICE - 1) / (share.warps * SLICE);
     share.first_tile = (cluster - piece.first) * tiles_per_block;
     share.tiles = min(tiles_per_block, (piece.N + 15) / 16 - share.first_tile);

@@ -1,16 +1,23 @@
 //! Blockwise 8-bit quantization on CUDA.
 
-use crate::device::cuda::{Arguments, Kernel, Pointer, Stream, THREADS, dtype_index};
+use crate::device::cuda::{Arguments, Kernel, Pointer, Stream, THREADS, dtype_index, tiles};
 use crate::element::Dtype;
 use crate::error::{Error, Result};
 
 /// Elements that a block of threads takes at a time, in cuda/src/eight_bit.cu.
-const DEQUANTIZE_SPAN: u64 = 8192;
+const DEQUANTIZE_SPAN: u64 = 4096;
 
 static QUANTIZE: [Kernel; 3] = [
     Kernel::new("eight_bit", "quantize_8bit_bf16"),
     Kernel::new("eight_bit", "quantize_8bit_f16"),
     Kernel::new("eight_bit", "quantize_8bit_f32"),
+];
+
+/// For blocks of any size, a warp a block.
+static QUANTIZE_ANY: [Kernel; 3] = [
+    Kernel::new("eight_bit", "quantize_8bit_any_bf16"),
+    Kernel::new("eight_bit", "quantize_8bit_any_f16"),
+    Kernel::new("eight_bit", "quantize_8bit_any_f32"),
 ];
 
 static DEQUANTIZE: [Kernel; 3] = [
@@ -49,20 +56,20 @@ pub unsafe fn quantize(
     if n == 0 {
         return Ok(());
     }
-    let blocks = (n as u64).div_ceil(u64::from(block));
-    // One warp a block of elements.
-    let kernel = &QUANTIZE[dtype_index(dtype)];
-    let launch = kernel.filling(stream.device, blocks.div_ceil(u64::from(THREADS / 32)))?;
-    let mut arguments = Arguments::default()
-        .u64(a)
-        .u64(n as u64)
-        .u64(map)
-        .u64(offset.unwrap_or(0))
-        .u64(codes)
-        .u64(absmax)
-        .u32(block)
-        .u32(aligned(a, codes));
-    // SAFETY: the arguments are those of `quantize_8bit_*` in cuda/src/eight_bit.cu; the caller vouches for the pointers.
+    // By tiles, where they hold whole blocks or blocks whole tiles. An offset comes with scales, which are fp32.
+    let tiled = block.is_power_of_two() && (32..=4096).contains(&block) && (offset.is_none() || dtype == Dtype::F32);
+    let arguments = Arguments::default().u64(a).u64(n as u64).u64(map).u64(offset.unwrap_or(0)).u64(codes).u64(absmax);
+    let (kernel, launch, mut arguments) = if tiled {
+        let kernel = &QUANTIZE[dtype_index(dtype)];
+        let launch = tiles(kernel, stream, dtype, n)?;
+        (kernel, launch, arguments.u32(block.trailing_zeros()).u32(aligned(a, codes)))
+    } else {
+        let kernel = &QUANTIZE_ANY[dtype_index(dtype)];
+        let blocks = (n as u64).div_ceil(u64::from(block));
+        let launch = kernel.filling(stream.device, blocks.div_ceil(u64::from(THREADS / 32)), THREADS, 0)?;
+        (kernel, launch, arguments.u32(block))
+    };
+    // SAFETY: the arguments are those of the kernel in cuda/src/eight_bit.cu; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, launch, &mut arguments) }
 }
 
@@ -102,5 +109,5 @@ pub unsafe fn dequantize(
 /// Every kernel of this module, for a test that each is in the images.
 #[doc(hidden)]
 pub fn kernels() -> Vec<&'static Kernel> {
-    QUANTIZE.iter().chain(&DEQUANTIZE).collect()
+    QUANTIZE.iter().chain(&QUANTIZE_ANY).chain(&DEQUANTIZE).collect()
 }

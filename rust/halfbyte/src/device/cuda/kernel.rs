@@ -18,11 +18,11 @@ pub struct Kernel {
     family: &'static str,
     entry: &'static str,
     handles: [AtomicPtr<sys::CUfunc_st>; MAX_DEVICES],
-    /// Blocks of [`THREADS`] threads that a multiprocessor holds; 0 where not asked yet.
+    /// Blocks that a multiprocessor holds, for [`Kernel::filling`]; 0 where not asked yet.
     resident: [AtomicU32; MAX_DEVICES],
 }
 
-/// Threads a block of the kernels that stride over their data.
+/// Threads a block of most kernels that go over their data once.
 pub const THREADS: u32 = 256;
 
 /// Grid, block, dynamic shared memory and attributes of a launch.
@@ -134,9 +134,10 @@ impl Kernel {
         Launch::new((blocks.clamp(1, i32::MAX as u64) as u32, 1), THREADS)
     }
 
-    /// The launch of a kernel without dynamic shared memory whose blocks of [`THREADS`] threads stride over `blocks` blocks'
-    /// worth of work: as many as run at once, so that all of them end together.
-    pub fn filling(&self, ordinal: i32, blocks: u64) -> Result<Launch> {
+    /// The launch of a kernel whose blocks of `threads` threads with `shared` bytes of dynamic shared memory stride over `blocks`
+    /// blocks' worth of work: as many as run at once, so that all of them end together. The two are the same in all calls of a
+    /// kernel.
+    pub fn filling(&self, ordinal: i32, blocks: u64, threads: u32, shared: u32) -> Result<Launch> {
         let device = device(ordinal)?;
         let slot = &self.resident[ordinal as usize];
         let mut resident = slot.load(Ordering::Relaxed);
@@ -144,13 +145,15 @@ impl Kernel {
             let _entered = device.enter()?;
             let handle = self.handle(device)?;
             // SAFETY: a function of a loaded module.
-            resident = unsafe { result::occupancy::max_active_block_per_multiprocessor(handle, THREADS as i32, 0) }
-                .named("cuOccupancyMaxActiveBlocksPerMultiprocessor")?
-                .max(1) as u32;
+            resident = unsafe {
+                result::occupancy::max_active_block_per_multiprocessor(handle, threads as i32, shared as usize)
+            }
+            .named("cuOccupancyMaxActiveBlocksPerMultiprocessor")?
+            .max(1) as u32;
             slot.store(resident, Ordering::Relaxed);
         }
         let most = u64::from(device.multiprocessors * resident);
-        Ok(Launch::new((blocks.clamp(1, most) as u32, 1), THREADS))
+        Ok(Launch { shared, ..Launch::new((blocks.clamp(1, most) as u32, 1), threads) })
     }
 
     /// Family and entry name.

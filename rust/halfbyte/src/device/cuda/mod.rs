@@ -12,6 +12,7 @@ pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
 use std::ffi::c_void;
 
 use crate::element::Dtype;
+use crate::error::Result;
 
 /// A stream of a device, by raw handle: `CUstream` of any CUDA binding. The null handle is the legacy default stream.
 #[derive(Debug, Clone, Copy)]
@@ -67,4 +68,12 @@ impl Absmax {
     pub fn is_nested(self) -> bool {
         matches!(self, Self::Nested { .. })
     }
+}
+
+/// The launch of a kernel that goes over `n` elements by tiles, two in shared memory for each warp: cuda/include/tile.cuh.
+pub(crate) fn tiles(kernel: &Kernel, stream: &Stream, dtype: Dtype, n: usize) -> Result<Launch> {
+    const TILE: u32 = 1024;
+    let shared = if device(stream.device)?.capability >= 80 { 64 << 10 } else { 32 << 10 };
+    let warps = shared / (2 * TILE * dtype.size() as u32);
+    kernel.filling(stream.device, (n as u64).div_ceil(u64::from(TILE * warps)), warps * 32, shared)
 }

@@ -1,22 +1,20 @@
 //! Quantize and dequantize: kernels of cuda/src/four_bit.cu.
 
 use crate::codebook::Kind;
-use crate::device::cuda::{Absmax, Arguments, Kernel, Pointer, Stream, dtype_index};
+use crate::device::cuda::{Absmax, Arguments, Kernel, Pointer, Stream, dtype_index, tiles};
 use crate::element::Dtype;
 use crate::error::Result;
 use crate::layout::check_four_bit_block;
 
 use super::{aligned, kind_number};
 
-/// Elements that a block of threads takes at a time, in cuda/src/four_bit.cu.
-const QUANTIZE_SPAN: u64 = 4096;
-const DEQUANTIZE_SPAN: u64 = 8192;
+/// Elements that a block of threads takes, in cuda/src/four_bit.cu.
+const DEQUANTIZE_SPAN: u64 = 4096;
 
-/// By dtype; blocks of up to 256, and wider ones.
-pub(super) static QUANTIZE: [[Kernel; 2]; 3] = [
-    [Kernel::new("four_bit", "quantize_4bit_bf16"), Kernel::new("four_bit", "quantize_4bit_wide_bf16")],
-    [Kernel::new("four_bit", "quantize_4bit_f16"), Kernel::new("four_bit", "quantize_4bit_wide_f16")],
-    [Kernel::new("four_bit", "quantize_4bit_f32"), Kernel::new("four_bit", "quantize_4bit_wide_f32")],
+pub(super) static QUANTIZE: [Kernel; 3] = [
+    Kernel::new("four_bit", "quantize_4bit_bf16"),
+    Kernel::new("four_bit", "quantize_4bit_f16"),
+    Kernel::new("four_bit", "quantize_4bit_f32"),
 ];
 
 pub(super) static DEQUANTIZE: [Kernel; 3] = [
@@ -42,17 +40,16 @@ pub unsafe fn quantize(
     if n == 0 {
         return Ok(());
     }
-    let log2_block = block.trailing_zeros();
-    let kernel = &QUANTIZE[dtype_index(dtype)][usize::from(block > 256)];
-    let launch = kernel.filling(stream.device, (n as u64).div_ceil(QUANTIZE_SPAN))?;
+    let kernel = &QUANTIZE[dtype_index(dtype)];
+    let launch = tiles(kernel, stream, dtype, n)?;
     let mut arguments = Arguments::default()
         .u64(a)
         .u64(n as u64)
         .u64(packed)
         .u64(absmax)
-        .u32(log2_block)
+        .u32(block.trailing_zeros())
         .u32(kind_number(kind))
-        .u32(u32::from(aligned(&[(a, 16), (packed, 4)])));
+        .u32(u32::from(aligned(&[(a, 16), (packed, 16)])));
     // SAFETY: the arguments are those of `quantize_4bit_*` in cuda/src/four_bit.cu; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, launch, &mut arguments) }
 }

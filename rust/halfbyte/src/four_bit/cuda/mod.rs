@@ -48,5 +48,5 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
 #[doc(hidden)]
 pub fn kernels() -> Vec<&'static Kernel> {
     let mma = MATMUL_MMA.iter().flatten().flatten();
-    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).chain(&STREAM).collect()
+    QUANTIZE.iter().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).chain(&STREAM).collect()
 }
