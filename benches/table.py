@@ -37,7 +37,7 @@ def chosen(row: record.Row) -> bool:
     """Whether README shows a figure."""
     if row["op"] in ("matmul", "grad_input"):
         return (row["n"], row["k"]) in SHAPES and row["m"] in (MS if row["op"] == "matmul" else GRAD_MS)
-    return row.get("block", BLOCKS[0]) in BLOCKS
+    return row.get("block", BLOCKS[0]) in BLOCKS and row.get("m", MS[0]) in MS
 
 
 def figures() -> str:

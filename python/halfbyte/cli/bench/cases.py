@@ -41,12 +41,15 @@ class Case:
 
 
 class Packed:
-    """Copies of one weight in one form, made when they are first asked for."""
+    """Copies of one weight in one form, made when they are first asked for.
 
-    def __init__(self, plan: Plan, peer: Peer, weight: Tensor, form: str) -> None:
+    `nbytes` is what one call reads, if that is more than this weight.
+    """
+
+    def __init__(self, plan: Plan, peer: Peer, weight: Tensor, form: str, nbytes: int = 0) -> None:
         self.plan, self.peer, self.weight, self.form = plan, peer, weight, form
         self.name = peer.name
-        self.nbytes = weight_bytes(weight.numel(), form)
+        self.nbytes = nbytes or weight_bytes(weight.numel(), form)
         self._made: list[Any] = []
 
     def __call__(self, m: int) -> list[Any]:
@@ -98,10 +101,11 @@ def matmul(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
         for m in plan.ms:
             x = normal(plan, m, k)
             for p in packed:
-                yield _product("matmul", p, m, partial(_forward_calls, p, x))
+                yield _product("matmul", p, m, partial(forward_calls, p, x))
 
 
-def _forward_calls(p: Packed, x: Tensor) -> list[Call]:
+def forward_calls(p: Packed, x: Tensor) -> list[Call]:
+    """Return the calls of ``x · wᵀ`` for each copy of a weight."""
     return [partial(p.peer.product, x, w) for w in p(len(x))]
 
 
@@ -141,7 +145,10 @@ def _product(op: str, p: Packed, m: int, make: Callable[[], list[Call]]) -> Case
 
 
 def elementwise_4bit(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
-    """Measure quantizing to and dequantizing from NF4, all block sizes."""
+    """Measure quantizing to and dequantizing from NF4, all block sizes.
+
+    There is no floor on the CPU, here and for 8 bits: its caches may hold all of it.
+    """
     weight = random_weight(plan, *plan.matrix)
     n = weight.numel()
     libraries = [peer for peer in peers if isinstance(peer, FourBit)]
@@ -159,7 +166,7 @@ def elementwise_4bit(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
             size: dict[str, int | str] = {"elements": n, "block": block, "dtype": "bf16"}
             for peer in libraries:
                 for form in peer.forms:
-                    nbytes = 2 * n + weight_bytes(n, form, block)
+                    nbytes = 2 * n + weight_bytes(n, form, block) if plan.on_gpu else 0
                     calls = partial(make, peer, form, block)
                     yield Case(op, peer.name, form, size, calls, nbytes=nbytes, timing="stream")
 
@@ -183,7 +190,7 @@ def elementwise_8bit(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
             n = values.numel()
             for block in (256, 4096):
                 size: dict[str, int | str] = {"elements": n, "block": block, "dtype": name}
-                nbytes = n * dtype.itemsize + n + 4 * -(-n // block)
+                nbytes = n * dtype.itemsize + n + 4 * -(-n // block) if plan.on_gpu else 0
                 for peer in libraries:
                     calls = partial(make, peer, values, block)
                     yield Case(op, peer.name, "8-bit", size, calls, nbytes=nbytes, timing="stream")
@@ -201,6 +208,6 @@ def eager(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
     for peer in peers:
         for form in peer.forms:
             p = Packed(plan, peer, weight, form)
-            for call, make in (("function", partial(_forward_calls, p, x)), ("layer", partial(layers, p))):
+            for call, make in (("function", partial(forward_calls, p, x)), ("layer", partial(layers, p))):
                 size: dict[str, int | str] = {"call": call, "m": 1, "n": n, "k": k}
                 yield Case("eager", peer.name, form, size, make, timing="eager")

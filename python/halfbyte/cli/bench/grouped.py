@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 import halfbyte
-from halfbyte.cli.bench.cases import Case, normal, random_weight
-from halfbyte.cli.bench.peers import DOUBLE, FourBit, weight_bytes
+from halfbyte.cli.bench.cases import Case, Packed, forward_calls, normal, random_weight
+from halfbyte.cli.bench.peers import FourBit, weight_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -25,7 +26,7 @@ SEPARATE, TOGETHER = "separate", "together"
 
 # What this build may be without, and then is not measured.
 _matmul_group: Any = getattr(halfbyte, "matmul_4bit_group", None)
-_Experts: Any = getattr(halfbyte.nn, "Experts4bit", None)
+_matmul_experts: Any = getattr(halfbyte, "matmul_4bit_experts", None)
 
 
 def group(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
@@ -36,104 +37,102 @@ def group(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
     for sizes, k in plan.groups:
         n = sum(sizes)
         weights = [random_weight(plan, rows, k) for rows in sizes]
+        ways: list[tuple[Peer, str, str, Callable[[Tensor], list[Call]]]] = []
+        for peer in peers:
+            for form in peer.forms:
+                nbytes = weight_bytes(n * k, form)
+                parts = [Packed(plan, peer, weight, form, nbytes) for weight in weights]
+                ways.append((peer, form, SEPARATE, partial(_separate, peer, parts)))
+                if not isinstance(peer, FourBit):
+                    whole = Packed(plan, peer, torch.cat(weights), form)
+                    ways.append((peer, form, TOGETHER, partial(forward_calls, whole)))
+                elif peer.library is halfbyte and _matmul_group is not None:
+                    ways.append((peer, form, TOGETHER, partial(_in_one, parts)))
         for m in plan.few_ms:
             x = normal(plan, m, k)
-            for peer in peers:
-                for form in peer.forms:
-                    count = plan.copies(weight_bytes(n * k, form), m)
-                    nbytes = weight_bytes(n * k, form) + 2 * m * (n + k)
-                    for way, calls in _ways(peer).items():
-                        size: dict[str, int | str] = {"m": m, "layers": "+".join(map(str, sizes)), "k": k, "way": way}
-                        make = partial(calls, peer, form, weights, x, count)
-                        yield Case("group", peer.name, form, size, make, nbytes=nbytes, flops=2 * m * n * k)
+            for peer, form, way, calls in ways:
+                size: dict[str, int | str] = {"m": m, "layers": "+".join(map(str, sizes)), "k": k, "way": way}
+                nbytes = weight_bytes(n * k, form) + 2 * m * (n + k)
+                yield Case("group", peer.name, form, size, partial(calls, x), nbytes=nbytes, flops=2 * m * n * k)
 
 
-def _ways(peer: Peer) -> dict[str, Any]:
-    ways: dict[str, Any] = {SEPARATE: _separate}
-    if not isinstance(peer, FourBit):
-        ways[TOGETHER] = _concatenated
-    elif peer.library is halfbyte and _matmul_group is not None:
-        ways[TOGETHER] = _in_one
-    return ways
+def _members(parts: Sequence[Packed], m: int) -> list[tuple[Any, ...]]:
+    return list(zip(*(part(m) for part in parts), strict=True))
 
 
-def _members(peer: Peer, form: str, weights: Sequence[Tensor], count: int) -> list[tuple[Any, ...]]:
-    return list(zip(*(peer.packs(weight, form, count) for weight in weights), strict=True))
-
-
-def _separate(peer: Peer, form: str, weights: Sequence[Tensor], x: Tensor, count: int) -> list[Call]:
+def _separate(peer: Peer, parts: Sequence[Packed], x: Tensor) -> list[Call]:
     def call(members: Sequence[Any]) -> list[Tensor]:
         return [peer.product(x, member) for member in members]
 
-    return [partial(call, members) for members in _members(peer, form, weights, count)]
+    return [partial(call, members) for members in _members(parts, len(x))]
 
 
-def _concatenated(peer: Peer, form: str, weights: Sequence[Tensor], x: Tensor, count: int) -> list[Call]:
-    return [partial(peer.product, x, whole) for whole in peer.packs(torch.cat(list(weights)), form, count)]
-
-
-def _in_one(peer: Peer, form: str, weights: Sequence[Tensor], x: Tensor, count: int) -> list[Call]:
-    members = _members(peer, form, weights, count)
-    return [partial(_matmul_group, x, list(one)) for one in members]
+def _in_one(parts: Sequence[Packed], x: Tensor) -> list[Call]:
+    return [partial(_matmul_group, x, list(members)) for members in _members(parts, len(x))]
 
 
 def experts(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
-    """Measure a mixture of experts, routing included, with another choice of experts in every call.
+    """Measure the products of a mixture of experts: each row with the weight of its expert, rows sorted by expert.
 
-    torch multiplies by :func:`torch.nn.functional.grouped_mm`; bitsandbytes has none.
+    Every call has another random choice of experts, so that their weights leave the cache. torch multiplies by
+    :func:`torch.nn.functional.grouped_mm`; bitsandbytes expert by expert, with the choice known on the host.
     """
     sizes = plan.experts
-    gate_up = random_weight(plan, sizes.experts, 2 * sizes.intermediate, sizes.hidden)
-    down = random_weight(plan, sizes.experts, sizes.hidden, sizes.intermediate)
-    an_expert = 3 * sizes.intermediate * sizes.hidden
-    name = f"{sizes.experts} of {sizes.hidden} × {sizes.intermediate}, {sizes.active} active"
-    for m in plan.few_ms:
-        x = normal(plan, m, sizes.hidden)
-        routes = [_route(plan, m) for _ in range(_ROUTES)]
-        used = sum(len(set(index.flatten().tolist())) for index, _ in routes) // len(routes)
+    for n, k in ((2 * sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate)):
+        weight = random_weight(plan, sizes.experts, n, k)
+        ways: list[tuple[Peer, str, str, Callable[[Tensor, list[Tensor]], list[Call]]]] = []
         for peer in peers:
-            if isinstance(peer, FourBit) and (peer.library is not halfbyte or _Experts is None):
-                continue
             for form in peer.forms:
-                make = partial(_expert_calls, form, gate_up, down, x, routes)
-                nbytes = weight_bytes(used * an_expert, form) + 4 * m * sizes.hidden
-                flops = 2 * m * sizes.active * an_expert
-                size: dict[str, int | str] = {"m": m, "sizes": name}
-                yield Case("experts", peer.name, form, size, make, nbytes=nbytes, flops=flops)
+                if not isinstance(peer, FourBit):
+                    ways.append((peer, form, TOGETHER, partial(_dense_experts, weight)))
+                elif peer.library is not halfbyte:
+                    ways.append((peer, form, SEPARATE, partial(_experts_in_turn, peer, form, weight)))
+                elif _matmul_experts is not None:
+                    ways.append((peer, form, TOGETHER, partial(_experts_in_one, peer, form, weight)))
+        name = f"{sizes.experts} × ({n} × {k}), {sizes.active} a token"
+        for m in plan.few_ms:
+            rows = m * sizes.active
+            x = normal(plan, rows, k)
+            choices = [_choose(plan, m) for _ in range(_CHOICES)]
+            used = sum(int((ends.diff() > 0).sum()) for ends in choices) / len(choices)
+            for peer, form, way, calls in ways:
+                nbytes = weight_bytes(int(used * n * k), form) + 2 * rows * (n + k)
+                size: dict[str, int | str] = {"m": m, "sizes": name, "way": way}
+                make = partial(calls, x, choices)
+                yield Case("experts", peer.name, form, size, make, nbytes=nbytes, flops=2 * rows * n * k)
 
 
-_ROUTES = 16
-"""Choices of experts to rotate through."""
+_CHOICES = 16
 
 
-def _route(plan: Plan, m: int) -> tuple[Tensor, Tensor]:
-    """Return each token's experts, ``[M, active]``, and their weights."""
-    chances = torch.rand(m, plan.experts.experts, device=plan.device)
-    weights, index = chances.topk(plan.experts.active, dim=-1)
-    return index, (weights / weights.sum(-1, keepdim=True)).to(torch.bfloat16)
+def _choose(plan: Plan, m: int) -> Tensor:
+    """Choose each token's experts; return where the rows of each expert begin, int32 ``[E + 1]``."""
+    count, active = plan.experts.experts, plan.experts.active
+    chosen = torch.rand(m, count, device=plan.device).topk(active, dim=-1).indices.flatten()
+    begins = torch.zeros(count + 1, dtype=torch.int32, device=plan.device)
+    begins[1:] = torch.bincount(chosen, minlength=count).cumsum(0)
+    return begins
 
 
-def _expert_calls(
-    form: str, gate_up: Tensor, down: Tensor, x: Tensor, routes: Sequence[tuple[Tensor, Tensor]]
-) -> list[Call]:
-    layer: Any = _DenseExperts(gate_up, down)
-    if form != "bf16":
-        layer = _Experts(gate_up, down, quant_type="nf4", compress_statistics=form == DOUBLE)
-    return [partial(layer, x, index, weights) for index, weights in routes]
+def _dense_experts(weight: Tensor, x: Tensor, choices: Sequence[Tensor]) -> list[Call]:
+    transposed = weight.transpose(1, 2)
+    return [partial(functional.grouped_mm, x, transposed, offs=begins[1:]) for begins in choices]
 
 
-class _DenseExperts:
-    """Experts in bf16: gate and up in one weight ``[E, 2I, H]``, down ``[E, H, I]``."""
+def _experts_in_one(peer: Peer, form: str, weight: Tensor, x: Tensor, choices: Sequence[Tensor]) -> list[Call]:
+    packed = peer.pack(weight, form)
+    return [partial(_matmul_experts, x, begins, *packed) for begins in choices]
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        self.gate_up, self.down = gate_up.transpose(1, 2), down.transpose(1, 2)
 
-    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        flat = index.flatten()
-        order = flat.argsort()
-        token = order // index.shape[1]
-        every = torch.arange(len(self.down), device=x.device)
-        ends = (flat[:, None] == every).sum(0).cumsum(0).to(torch.int32)
-        gate, up = functional.grouped_mm(x[token], self.gate_up, offs=ends).chunk(2, dim=-1)
-        y = functional.grouped_mm(functional.silu(gate) * up, self.down, offs=ends)
-        return torch.zeros_like(x).index_add_(0, token, y * weights.flatten()[order, None])
+def _experts_in_turn(peer: Peer, form: str, weight: Tensor, x: Tensor, choices: Sequence[Tensor]) -> list[Call]:
+    packed = [peer.pack(one, form) for one in weight]
+
+    def call(parts: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
+        return [peer.product(rows, expert) for rows, expert in parts]
+
+    calls: list[Call] = []
+    for begins in choices:
+        at = begins.tolist()
+        spans = [(first, end, expert) for expert, (first, end) in enumerate(pairwise(at)) if first < end]
+        calls.append(partial(call, [(x[first:end], packed[expert]) for first, end, expert in spans]))
+    return calls

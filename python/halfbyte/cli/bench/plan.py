@@ -75,7 +75,7 @@ def make(arguments: argparse.Namespace, device: torch.device) -> Plan:
         chosen = ms or ((1, 4, 16, 64, 512) if quick else _MS)
     else:
         shapes = shapes or (((1024, 1024),) if quick else _SHAPES[:1])
-        chosen = ms or ((1, 16) if quick else (1, 4, 16, 128))
+        chosen = ms or ((1, 16) if quick else (1, 16, 128))
     small = quick and not gpu
     return Plan(
         device=device,
@@ -93,5 +93,5 @@ def make(arguments: argparse.Namespace, device: torch.device) -> Plan:
         copied_bytes=1 << 24 if small else 1 << 28,
         dense=512 if small else 1024 if not gpu else 8192,
         rotate_bytes=1 << 20 if small else clock.ROTATE_BYTES,
-        wall_seconds=0.05 if small else 2.0,
+        wall_seconds=0.05 if small else 1.0,
     )
