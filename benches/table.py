@@ -46,9 +46,9 @@ def figures() -> str:
     for path in (GPU, CPU):
         facts, rows = record.read(path)
         where = path.relative_to(ROOT).as_posix()
-        parts += [f"{table.about(facts)} All figures are in `{where}`, of `{facts['command']}`."]
+        parts += [f"{table.about(facts)} All figures of `halfbyte bench --device {facts['device']}` are in `{where}`."]
         if path is GPU:
-            parts += [f"![Time of a call against batch size]({PLOT.relative_to(ROOT).as_posix()})"]
+            parts += [f"![Time of a call against batch size](benches/results/{PLOT.name})"]
         parts += [table.floor(facts, rows), *table.tables(facts, [row for row in rows if chosen(row)])]
     return BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END
 

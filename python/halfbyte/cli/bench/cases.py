@@ -82,15 +82,17 @@ def copy_case(plan: Plan) -> Case:
 
 
 def dense_cases(plan: Plan) -> Iterator[Case]:
-    """Measure a large square product: the speed of the arithmetic. A CPU may be faster at it in fp32."""
-    n = plan.dense
+    """Measure large square products: the speed of the arithmetic. A CPU may be faster at it in fp32."""
 
-    def make(dtype: torch.dtype) -> list[Call]:
+    def make(n: int, dtype: torch.dtype) -> list[Call]:
         x, w = normal(plan, n, n, dtype=dtype), normal(plan, n, n, dtype=dtype)
         return [partial(torch.nn.functional.linear, x, w)] * 2
 
-    for form, dtype in (("bf16", torch.bfloat16), *(() if plan.on_gpu else (("fp32", torch.float32),))):
-        yield Case("dense", "torch", form, {"m": n, "n": n, "k": n}, partial(make, dtype), flops=2 * n**3)
+    for n in plan.dense:
+        for form, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            if dtype is torch.bfloat16 or not plan.on_gpu:
+                size: dict[str, int | str] = {"m": n, "n": n, "k": n}
+                yield Case("dense", "torch", form, size, partial(make, n, dtype), flops=2 * n**3)
 
 
 def matmul(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:

@@ -87,20 +87,25 @@ def eager_us(calls: Sequence[Call], count: int = 400, repeats: int = 5) -> tuple
 
 
 def wall_us(calls: Sequence[Call], repeats: int = 9, *, seconds: float) -> float:
-    """Median wall time of one call on the CPU, after a warm-up; fewer repeats if they take more than `seconds`.
+    """Median wall time of one call on the CPU, after a warm-up; fewer repeats, three at least, if they take `seconds`.
 
-    A call that takes less than a millisecond is repeated until they take one together.
+    A call that takes less than a millisecond is repeated until they take one together. Of calls that take long only as
+    many are used as there are repeats.
     """
-    calls[0]()
+    calls[-1]()
     begin = time.perf_counter()
     calls[-1]()
-    inner = max(1, min(1000, int(1e-3 / max(time.perf_counter() - begin, 1e-9))))
+    once = max(time.perf_counter() - begin, 1e-9)
+    inner = max(1, min(1000, int(1e-3 / once)))
+    used = list(calls) if once * len(calls) < 0.25 else list(calls[:repeats])
+    for call in dict.fromkeys(used):
+        call()
     times: list[float] = []
     spent, turn = 0.0, 0
     while len(times) < repeats and (len(times) < 3 or spent < seconds):
         begin = time.perf_counter()
         for _ in range(inner):
-            calls[turn % len(calls)]()
+            used[turn % len(used)]()
             turn += 1
         took = time.perf_counter() - begin
         spent += took

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import halfbyte
 from halfbyte.cli.bench.cases import Case, Packed, forward_calls, normal, random_weight
-from halfbyte.cli.bench.peers import FourBit, weight_bytes
+from halfbyte.cli.bench.peers import DOUBLE, FourBit, weight_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +27,7 @@ SEPARATE, TOGETHER = "separate", "together"
 # What this build may be without, and then is not measured.
 _matmul_group: Any = getattr(halfbyte, "matmul_4bit_group", None)
 _matmul_experts: Any = getattr(halfbyte, "matmul_4bit_experts", None)
+_Experts: Any = getattr(halfbyte.nn, "Experts4bit", None)
 
 
 def group(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
@@ -72,7 +73,7 @@ def _in_one(parts: Sequence[Packed], x: Tensor) -> list[Call]:
 
 
 def experts(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
-    """Measure the products of a mixture of experts: each row with the weight of its expert, rows sorted by expert.
+    """Measure a mixture of experts: each row times the weight of its expert, rows sorted by expert; and whole layers.
 
     Every call has another random choice of experts, so that their weights leave the cache. torch multiplies by
     :func:`torch.nn.functional.grouped_mm`; bitsandbytes expert by expert, with the choice known on the host.
@@ -93,7 +94,7 @@ def experts(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
         for m in plan.few_ms:
             rows = m * sizes.active
             x = normal(plan, rows, k)
-            choices = [_choose(plan, m) for _ in range(_CHOICES)]
+            choices = [_begins(plan, _choose(plan, m)) for _ in range(_CHOICES)]
             used = sum(int((ends.diff() > 0).sum()) for ends in choices) / len(choices)
             for peer, form, way, calls in ways:
                 nbytes = weight_bytes(int(used * n * k), form) + 2 * rows * (n + k)
@@ -101,17 +102,22 @@ def experts(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
                 make = partial(calls, x, choices)
                 yield Case("experts", peer.name, form, size, make, nbytes=nbytes, flops=2 * rows * n * k)
 
+    yield from _expert_layers(plan, peers)
+
 
 _CHOICES = 16
 
 
 def _choose(plan: Plan, m: int) -> Tensor:
-    """Choose each token's experts; return where the rows of each expert begin, int32 ``[E + 1]``."""
-    count, active = plan.experts.experts, plan.experts.active
-    chosen = torch.rand(m, count, device=plan.device).topk(active, dim=-1).indices.flatten()
-    begins = torch.zeros(count + 1, dtype=torch.int32, device=plan.device)
-    begins[1:] = torch.bincount(chosen, minlength=count).cumsum(0)
-    return begins
+    """Choose each token's experts, ``[M, active]``."""
+    chances = torch.rand(m, plan.experts.experts, device=plan.device)
+    return chances.topk(plan.experts.active, dim=-1).indices
+
+
+def _begins(plan: Plan, chosen: Tensor) -> Tensor:
+    """Return where the rows of each expert begin, once they are sorted by expert: int32 ``[E + 1]``."""
+    every = torch.arange(plan.experts.experts + 1, device=chosen.device)
+    return (chosen.flatten()[:, None] < every).sum(0, dtype=torch.int32)
 
 
 def _dense_experts(weight: Tensor, x: Tensor, choices: Sequence[Tensor]) -> list[Call]:
@@ -136,3 +142,40 @@ def _experts_in_turn(peer: Peer, form: str, weight: Tensor, x: Tensor, choices: 
         spans = [(first, end, expert) for expert, (first, end) in enumerate(pairwise(at)) if first < end]
         calls.append(partial(call, [(x[first:end], packed[expert]) for first, end, expert in spans]))
     return calls
+
+
+def _expert_layers(plan: Plan, peers: Sequence[Peer]) -> Iterator[Case]:
+    """Measure whole layers of gated experts: sorting the rows, both products, the activation and the weighted sum."""
+    sizes = plan.experts
+    name = f"layer of {sizes.experts} × ({sizes.hidden}, {sizes.intermediate}), {sizes.active} a token"
+    for m in plan.few_ms:
+        x = normal(plan, m, sizes.hidden)
+        choices = [_choose(plan, m) for _ in range(_CHOICES)]
+        for peer in peers:
+            if isinstance(peer, FourBit) and (peer.library is not halfbyte or _Experts is None):
+                continue
+            for form in peer.forms:
+                make = partial(_layer_calls, plan, form, x, choices)
+                size: dict[str, int | str] = {"m": m, "sizes": name, "way": TOGETHER}
+                yield Case("experts", peer.name, form, size, make)
+
+
+def _layer_calls(plan: Plan, form: str, x: Tensor, choices: Sequence[Tensor]) -> list[Call]:
+    experts, hidden, intermediate = plan.experts.experts, plan.experts.hidden, plan.experts.intermediate
+    if form == "bf16":
+        up, down = (experts, 2 * intermediate, hidden), (experts, hidden, intermediate)
+        layer: Any = partial(_dense_layer, plan, random_weight(plan, *up), random_weight(plan, *down))
+    else:
+        double = form == DOUBLE
+        layer = _Experts(experts, hidden, intermediate, compress_statistics=double, device=plan.device).to(plan.device)
+    weights = torch.full(choices[0].shape, 1 / plan.experts.active, device=plan.device, dtype=x.dtype)
+    return [partial(layer, x, chosen, weights) for chosen in choices]
+
+
+def _dense_layer(plan: Plan, gate_up: Tensor, down: Tensor, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    order = chosen.flatten().argsort()
+    token = order // chosen.shape[1]
+    ends = _begins(plan, chosen)[1:]
+    gate, up = functional.grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    y = functional.grouped_mm(functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    return torch.zeros_like(x).index_add_(0, token, y * weights.flatten()[order, None])

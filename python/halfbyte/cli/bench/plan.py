@@ -50,8 +50,8 @@ class Plan:
     eager_shape: tuple[int, int]
     copied_bytes: int
     """Bytes that the copy moves whose speed is the floor's."""
-    dense: int
-    """Size of the square product whose speed is the floor's."""
+    dense: tuple[int, ...]
+    """Sizes of square products, the fastest of which is the floor's."""
     rotate_bytes: int
     wall_seconds: float
     """What a figure may take on the CPU, except that it is of three calls at least."""
@@ -91,7 +91,7 @@ def make(arguments: argparse.Namespace, device: torch.device) -> Plan:
         experts=Experts(8, 128, 256, 2) if small else Experts(128, 2048, 768, 8) if gpu else Experts(16, 512, 512, 4),
         eager_shape=(4096, 4096) if gpu else (64, 64),
         copied_bytes=1 << 24 if small else 1 << 28,
-        dense=512 if small else 1024 if not gpu else 8192,
+        dense=(512,) if small else (1024,) if not gpu else (4096, 8192),  # the larger may be throttled
         rotate_bytes=1 << 20 if small else clock.ROTATE_BYTES,
         wall_seconds=0.05 if small else 1.0,
     )

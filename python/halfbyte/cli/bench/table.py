@@ -44,10 +44,10 @@ LAYOUTS = (
     Layout("grad_input", "backward, dy · w", _SIZE),
     Layout("group", "layers on one input", (("N", _field("layers")), ("K", _field("k")), ("M", _field("m")))),
     Layout("experts", "experts", (("sizes", _field("sizes")), ("tokens", _field("m")))),
-    Layout("quantize_4bit", "quantize", _BLOCKS),
-    Layout("dequantize_4bit", "dequantize", _BLOCKS),
-    Layout("quantize_blockwise", "quantize", _BLOCKS),
-    Layout("dequantize_blockwise", "dequantize", _BLOCKS),
+    Layout("quantize_4bit", "quantize to NF4", _BLOCKS),
+    Layout("dequantize_4bit", "dequantize NF4", _BLOCKS),
+    Layout("quantize_blockwise", "quantize to 8 bits", _BLOCKS),
+    Layout("dequantize_blockwise", "dequantize 8 bits", _BLOCKS),
     Layout("eager", "eager call", (("", _field("call")), *_SIZE)),
 )
 
@@ -78,7 +78,7 @@ def speeds(rows: Iterable[Row]) -> str:
     copy = max((row.get("gb_s", 0.0) for row in rows if row["op"] == "copy"), default=0.0)
     dense = max((row.get("tflop_s", 0.0) for row in rows if row["op"] == "dense"), default=0.0)
     memory = f"{copy / 1e3:.2f} TB/s" if copy >= 1000 else f"{copy:.1f} GB/s"
-    arithmetic = f"{dense:.0f} TFLOP/s" if dense >= 10 else f"{1e3 * dense:.0f} GFLOP/s"
+    arithmetic = f"{dense:.3g} TFLOP/s" if dense >= 1 else f"{1e3 * dense:.0f} GFLOP/s"
     return f"a copy's {memory} or the arithmetic at a large product's {arithmetic}"
 
 
