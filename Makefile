@@ -50,6 +50,14 @@ ptx: ## recompile the CUDA kernels to PTX (the compiler comes from PyPI, no tool
 demo: ## quantize the little model in tests/ and compare
 	$(BIN)/halfbyte demo tests/models/pycode-llama-7m
 
+.PHONY: bench
+bench: ## measure every operation beside torch and bitsandbytes, the quick way
+	$(BIN)/halfbyte bench --quick
+
+.PHONY: figures
+figures: ## rewrite README's figures from benches/results
+	$(BIN)/python benches/table.py
+
 .PHONY: ci
 ci: ## what CI runs, from nothing
 	.ci/run

@@ -1,71 +1,91 @@
-"""README's tables from the results of gpu.py and cpu.py.
+"""Writes the figures of benches/results into README: the tables, and the plot beside the results.
 
-usage: python benches/table.py RESULTS.jsonl...
+usage: python benches/table.py [--check]
+
+The results are those of
+
+    halfbyte bench --device cuda --json benches/results/h200.jsonl
+    OMP_NUM_THREADS=2 taskset -c 0,1 halfbyte bench --device cpu --json benches/results/xeon-2-cores.jsonl
+
+README has a part of them. --check changes nothing, and fails if README or the plot are not what the results make.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import hashlib
+import re
 import sys
 from pathlib import Path
-from typing import Any
 
-SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
-ROWS = [1, 4, 16, 32, 512]
+from halfbyte.cli.bench import plot, record, table
 
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benches" / "results"
+GPU, CPU = RESULTS / "h200.jsonl", RESULTS / "xeon-2-cores.jsonl"
+PLOT = GPU.with_suffix(".png")
 
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Provenance and rows of a results file."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return lines[0]["provenance"], lines[1:]
-
-
-def value(rows: list[dict[str, Any]], key: str, **want: Any) -> str:
-    """The figure of the row that has these fields; a dash if there is none."""
-    found = [row[key] for row in rows if all(row.get(name) == wanted for name, wanted in want.items())]
-    return f"{found[0]:g}" if found else "–"
+SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))
+MS = (1, 4, 16, 64, 128, 512, 2048)
+GRAD_MS = (128, 512, 2048)
+BLOCKS = (64, 4096)
+BEGIN, END = "<!-- figures: written by benches/table.py -->\n", "<!-- end of figures -->\n"
 
 
-def gpu(rows: list[dict[str, Any]]) -> None:
-    """Microseconds on a GPU."""
-    peers = ["torch bf16", "bitsandbytes nf4", "halfbyte nf4", "bitsandbytes nf4 double", "halfbyte nf4 double"]
-    print("| matmul, µs | M |", " | ".join(peers), "|\n|---|---|" + "---|" * len(peers))
-    for n, k in SHAPES:
-        for m in ROWS:
-            cells = [value(rows, "us", op="matmul", impl=peer, m=m, n=n, k=k) for peer in peers]
-            print(f"| {n} × {k} | {m} |", " | ".join(cells), "|")
-    print("\n| 134 M bf16 elements, µs | bitsandbytes | halfbyte |\n|---|---|---|")
-    for op, fields, text in (
-        ("quantize_4bit", {"block": 64, "nested": False}, "quantize NF4, block 64"),
-        ("quantize_4bit", {"block": 64, "nested": True}, "quantize NF4, double quantization"),
-        ("dequantize_4bit", {"block": 64, "nested": False}, "dequantize NF4, block 64"),
-        ("dequantize_4bit", {"block": 64, "nested": True}, "dequantize NF4, double quantization"),
-        ("quantize_blockwise", {}, "quantize blockwise 8-bit"),
-        ("dequantize_blockwise", {}, "dequantize blockwise 8-bit"),
-    ):
-        cells = [value(rows, "us", op=op, impl=peer, **fields) for peer in ("bitsandbytes", "halfbyte")]
-        print(f"| {text} |", " | ".join(cells), "|")
+def chosen(row: record.Row) -> bool:
+    """Whether README shows a figure."""
+    if row["op"] in ("matmul", "grad_input"):
+        return (row["n"], row["k"]) in SHAPES and row["m"] in (MS if row["op"] == "matmul" else GRAD_MS)
+    return row.get("block", BLOCKS[0]) in BLOCKS and row.get("m", MS[0]) in MS
 
 
-def cpu(rows: list[dict[str, Any]]) -> None:
-    """Milliseconds on a CPU."""
-    print("| CPU, ms | torch bf16 | bitsandbytes | halfbyte |\n|---|---|---|---|")
-    for op, fields, text in (
-        ("quantize_4bit", {"nested": False}, "quantize NF4, 4096 × 4096 bf16"),
-        ("dequantize_4bit", {"nested": False}, "dequantize NF4"),
-        ("matmul", {"nested": False, "m": 1}, "matmul, M = 1"),
-        ("matmul", {"nested": False, "m": 128}, "matmul, M = 128"),
-        ("quantize_blockwise", {}, "quantize blockwise 8-bit, 16 M fp32"),
-        ("dequantize_blockwise", {}, "dequantize blockwise 8-bit"),
-    ):
-        dense = value(rows, "ms", op=op, impl="torch bf16", m=fields.get("m", 0))
-        cells = [value(rows, "ms", op=op, impl=peer, **fields) for peer in ("bitsandbytes", "halfbyte")]
-        print(f"| {text} | {dense} |", " | ".join(cells), "|")
+def figures() -> str:
+    """What belongs between README's marks."""
+    parts = []
+    for path in (GPU, CPU):
+        facts, rows = record.read(path)
+        where = path.relative_to(ROOT).as_posix()
+        parts += [f"{table.about(facts)} All figures of `halfbyte bench --device {facts['device']}` are in `{where}`."]
+        if path is GPU:
+            parts += [f"![Time of a call against batch size](benches/results/{PLOT.name})"]
+        parts += [table.floor(facts, rows), *table.tables(facts, [row for row in rows if chosen(row)])]
+    return BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END
+
+
+def readme() -> str:
+    """README with the figures as they are now."""
+    text = README.read_text(encoding="utf-8")
+    replaced, count = re.subn(f"{BEGIN}.*?{END}", lambda _: figures(), text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{README} should have {BEGIN.strip()} and {END.strip()} once, and has them {count} times")
+    return replaced
+
+
+def plotted() -> str:
+    """What the plot's metadata says it was made from."""
+    return "sha256:" + hashlib.sha256(GPU.read_bytes()).hexdigest()
+
+
+def stale() -> list[str]:
+    """What is not what the results make."""
+    found = [] if readme() == README.read_text(encoding="utf-8") else ["README.md"]
+    drawn = PLOT.is_file() and plotted().encode() in PLOT.read_bytes()
+    return found if drawn else [*found, PLOT.name]
+
+
+def write() -> None:
+    """Rewrite README's figures and the plot."""
+    README.write_text(readme(), encoding="utf-8")
+    facts, rows = record.read(GPU)
+    plot.draw(facts, [row for row in rows if row["op"] != "matmul" or (row["n"], row["k"]) in SHAPES], PLOT, plotted())
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        facts, measured = read(Path(name))
-        print(f"{name}: {facts}\n")
-        (gpu if "gpu" in facts else cpu)(measured)
-        print()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        if old := stale():
+            sys.exit(f"not what the results make: {', '.join(old)}; run python benches/table.py")
+    else:
+        write()

@@ -9,6 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from halfbyte.cli.bench import options
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -104,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_run_doctor)
+
+    bench = commands.add_parser(
+        "bench",
+        parents=[common],
+        help="measure every operation beside torch and bitsandbytes",
+        description=options.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add(bench)
+    bench.set_defaults(run=_run_bench)
     return parser
 
 
@@ -125,3 +136,9 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     from halfbyte.cli import doctor
 
     return doctor.run(arguments)
+
+
+def _run_bench(arguments: argparse.Namespace) -> int:
+    from halfbyte.cli.bench import command
+
+    return command.run(arguments)

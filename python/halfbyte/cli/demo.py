@@ -17,7 +17,8 @@ import torch
 import halfbyte
 from halfbyte import _progress
 from halfbyte.cli import measure
-from halfbyte.errors import CudaUnavailableError, HalfbyteError
+from halfbyte.cli.device import pick_device
+from halfbyte.errors import HalfbyteError
 from halfbyte.ops import check_blocksize
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Demo:
             transformers.logging.disable_progress_bar()
 
         check_blocksize(arguments.blocksize)
-        self.device = _device(arguments.device)
+        self.device = pick_device(arguments.device)
         self.dtype = DTYPES[arguments.dtype]
         texts = measure.read_texts(_text_file(arguments))
         self.all_texts = len(texts)
@@ -225,25 +226,6 @@ class Demo:
         if self.terminal:
             print(f"{description} ...", file=sys.stderr, flush=True)
         yield
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise HalfbyteError(f"--device: there is no device {name!r}; cpu, cuda and cuda:N are known") from None
-    if device.type not in ("cpu", "cuda"):
-        raise HalfbyteError(f"--device: halfbyte runs on cpu and cuda, not on {device.type}")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise CudaUnavailableError("--device: torch finds no CUDA GPU; see `halfbyte doctor`")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise HalfbyteError(f"--device: there is no {name}, this machine has {torch.cuda.device_count()} GPU(s)")
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # memory statistics cannot be reset before
-        device = torch.device("cuda", device.index or 0)
-    return device
 
 
 def _text_file(arguments: argparse.Namespace) -> Path:

@@ -64,10 +64,18 @@ def _cuda() -> dict[str, Any]:
         found = _native.cuda_info()
     except HalfbyteError as error:
         return {"unavailable": str(error)}
-    if _DRIVER.is_file():  # "NVRM version: NVIDIA UNIX ... Kernel Module  580.95  ..."
-        numbers = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER.read_text(encoding="utf-8"))
-        found["driver"] = numbers[0] if numbers else None
+    if (driver := driver_version()) is not None:
+        found["driver"] = driver
     return found
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, None where the system does not say."""
+    if not _DRIVER.is_file():
+        return None
+    # "NVRM version: NVIDIA UNIX ... Kernel Module  580.95  ..."
+    numbers = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER.read_text(encoding="utf-8"))
+    return numbers[0] if numbers else None
 
 
 def _version(name: str) -> str | None:
