@@ -61,6 +61,18 @@ FAMILIES += [
     for tokens in (8, 16)
 ]
 
+FAMILIES += [Family("four_bit_experts", "four_bit_experts.cu", ("75", "80"))]
+FAMILIES += [
+    Family(
+        f"four_bit_experts_{name}_{form}",
+        "four_bit_experts_mma.cu",
+        ("80",),
+        {"ELEMENT": element, "NESTED": str(nested)},
+    )
+    for name, element in (("bf16", "Bf16"), ("f16", "F16"))
+    for nested, form in enumerate(("plain", "nested"))
+]
+
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.
 SERVES = {
     "75": ("75",),

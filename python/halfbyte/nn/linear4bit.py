@@ -56,6 +56,8 @@ class Linear4bit(torch.nn.Linear):
     weight: Params4bit
     quant_state: QuantState | None
     compute_dtype: torch.dtype | None
+    # Its place among the layers that fuse_linears has found to share its input.
+    _siblings: Any = None
 
     def __init__(
         self,
@@ -125,6 +127,11 @@ class Linear4bit(torch.nn.Linear):
         ArgumentError
             If the weight is not quantized yet.
         """
+        siblings = self._siblings
+        if siblings is not None and not _compiling():
+            fused: Tensor | None = siblings.output(self, x)
+            if fused is not None:
+                return fused
         # nn.Module.__getattr__ costs a tenth of a small layer's whole forward; it is for parameters that were replaced.
         parameters = self._parameters
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401

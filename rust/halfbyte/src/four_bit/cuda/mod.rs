@@ -1,10 +1,14 @@
 //! 4-bit operations on CUDA: raw device pointers and a raw stream in, work enqueued, nothing waited for.
 
 mod elementwise;
+mod experts;
+mod group;
 mod matmul;
 mod matmul_small;
 
 pub use elementwise::{dequantize, quantize};
+pub use experts::{clear_rows, matmul_experts, route_experts};
+pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
 pub use matmul::{MATMUL_MAX_ROWS, matmul};
 
 use crate::codebook::Kind;
@@ -43,5 +47,5 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
 #[doc(hidden)]
 pub fn kernels() -> Vec<&'static Kernel> {
     let mma = MATMUL_MMA.iter().flatten().flatten();
-    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).collect()
+    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).chain(experts::kernels()).collect()
 }

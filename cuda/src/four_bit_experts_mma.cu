@@ -1,0 +1,372 @@
+// Experts: out[s, n] = Σ_k x[s, k] · w[e, n, k] + bias[e, n] for the rows s of expert e, straight from packed 4-bit weights, on the
+// tensor cores.
+//
+//   x [S, K] 16-bit, sorted by expert; rows offsets[e] … offsets[e + 1] − 1 are those of expert e, offsets int32 [E + 1] in
+//   device memory; w packed [E·N·K / 2], scales one a block of 2^log2_block ≥ 64 across the whole stack; out [S, N]; K % 64 = 0
+//
+// Built with ELEMENT = Bf16 and F16, each with NESTED = 0 and 1. The host does not know who has rows, so blocks find their work themselves. Each reads all
+// offsets, lists the experts in use, and cuts the list of *items*
+//
+//   expert in use → tile of 16 weight rows → chunk of up to 32 rows of x
+//
+// into equal shares, one a group of warps. The experts not in use cost 4 bytes each. Chunks of a tile follow each other, so that
+// the second and further ones find its weights in the L2. The warps of a group split K (all 8 where K is long, none of them where
+// it is 256 or less); a warp's copies run on from item to item, whatever expert it is of, so that the ring is never empty.
+//
+//   ring of a warp:   4 stages of 16 rows × 256 weights = 2 KB, + 64 scales (+ 64 words with their codes when nested)
+//   sums of a warp:   2 buffers of 4 tiles of 16 × 8 results; a barrier of the group for each 4 tiles, the buffers take turns
+//
+// Weights are the A operand of mma.m16n8k16: the order of K, the pair table and the values are those of four_bit_mma.cu. x comes
+// through the L1 for each item again: the sums stay in registers instead. A chunk of up to 8, 16 or 32 rows costs 1, 2 or 4 MMAs
+// for each A operand. Which block computes an item changes nothing in how it is summed, so results do not depend on what other
+// rows there are, and are equal from run to run.
+//
+// Rows of x before the first expert's or after the last one's belong to nobody: their results are zeros.
+//
+// Grid: a block of up to 8 warps per SM. Bytes: the packed weights and scales of the experts in use, S·K·2 (from L2) a tile of
+// weight rows, 2·S·N. From sm_80 and PTX 7.4 on.
+#include "codebook.cuh"
+#include "mma.cuh"
+
+#if !defined(ELEMENT) || !defined(NESTED)
+#error "compile with -DELEMENT=Bf16 or F16 and -DNESTED=0 or 1"
+#endif
+
+constexpr u32 STEP = 256;                             // weights of a row a stage
+constexpr u32 STAGES = 4;                             // a power of two
+constexpr u32 STAGE_WEIGHTS = 16 * STEP / 2;          // bytes
+constexpr u32 STAGE_SCALES = 16 * 4 * 4;              // bytes: 16 rows × 4 scales
+constexpr u32 STAGE = STAGE_WEIGHTS + 2 * STAGE_SCALES;
+constexpr u32 CHUNK = 32;                             // rows of x an item
+constexpr u32 SLOTS = 4;                              // tiles of sums a buffer
+constexpr u32 TILE_FLOATS = 16 * 8;
+constexpr u32 SUMS = 2 * SLOTS * TILE_FLOATS;         // floats a warp
+constexpr u32 MOST_WARPS = 8;
+
+// An expert in use: its number, its rows of x, and the chunks that the experts before it have.
+struct Expert {
+    u32 index, begin, count, chunks_before;
+    DEVICE u32 chunks() const { return (count + CHUNK - 1) / CHUNK; }
+};
+
+// Rows of expert e, within bounds whatever the offsets say.
+DEVICE void rows_of(const int* offsets, u32 e, u32 S, u32& begin, u32& count) {
+    begin = u32(min(max(__ldg(offsets + e), 0), int(S)));
+    count = u32(min(max(__ldg(offsets + e + 1), int(begin)), int(S))) - begin;
+}
+
+// Lists the experts in use, and one more entry with the sum of chunks; returns how many there are. For all threads of the block.
+DEVICE u32 list_experts(const int* offsets, u32 S, u32 E, Expert* list) {
+    __shared__ uint2 totals[MOST_WARPS];
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 each = (E + blockDim.x - 1) / blockDim.x;
+    const u32 first = min(threadIdx.x * each, E), last = min(first + each, E);
+    u32 used = 0, chunks = 0, begin, count;
+    for (u32 e = first; e < last; ++e) {
+        rows_of(offsets, e, S, begin, count);
+        used += count > 0, chunks += (count + CHUNK - 1) / CHUNK;
+    }
+    u32 used_to_here = used, chunks_to_here = chunks;
+#pragma unroll
+    for (u32 step = 1; step < WARP; step *= 2) {
+        const u32 u = __shfl_up_sync(ALL_LANES, used_to_here, step), c = __shfl_up_sync(ALL_LANES, chunks_to_here, step);
+        if (lane >= step) used_to_here += u, chunks_to_here += c;
+    }
+    if (lane == WARP - 1) totals[warp] = make_uint2(used_to_here, chunks_to_here);
+    __syncthreads();
+    u32 all_used = 0, all_chunks = 0;
+    for (u32 w = 0; w < blockDim.x / WARP; ++w) {
+        if (w < warp) used_to_here += totals[w].x, chunks_to_here += totals[w].y;
+        all_used += totals[w].x, all_chunks += totals[w].y;
+    }
+    u32 at = used_to_here - used, before = chunks_to_here - chunks;
+    for (u32 e = first; e < last; ++e) {
+        rows_of(offsets, e, S, begin, count);
+        if (count > 0) {
+            list[at++] = Expert{e, begin, count, before};
+            before += (count + CHUNK - 1) / CHUNK;
+        }
+    }
+    if (threadIdx.x == 0) list[all_used] = Expert{0, 0, 0, all_chunks};
+    __syncthreads();
+    return all_used;
+}
+
+// A place in the list of items.
+struct Cursor {
+    const Expert* at;  // in shared memory: cheaper than registers
+    u32 tile, chunk;
+    DEVICE void seek(const Expert* list, u32 used, u32 tiles, u64 item) {
+        u32 low = 0, high = used;  // list[low].chunks_before · tiles ≤ item < list[high] …
+        while (high - low > 1) {
+            const u32 middle = (low + high) / 2;
+            if (u64(list[middle].chunks_before) * tiles <= item) low = middle;
+            else high = middle;
+        }
+        at = list + low;
+        const u32 chunks = at->chunks();
+        const u64 within = item - u64(at->chunks_before) * tiles;
+        tile = u32(within / chunks), chunk = u32(within % chunks);
+    }
+    DEVICE void next(u32 tiles) {
+        if (++chunk < at->chunks()) return;
+        chunk = 0;
+        if (++tile < tiles) return;
+        tile = 0;
+        ++at;
+    }
+};
+
+template <int C> struct Width { static constexpr int columns = C; };
+
+DEVICE void group_barrier(u32 group, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory"); }
+
+template <class T>
+DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales scales, const T* bias, T* out, u32 S, u32 E, u32 N,
+                    u32 K, u32 log2_block, Values values, float ungain, u32 split) {
+    __shared__ __align__(128) u32 table[PAIR_TABLE_WORDS];
+    __shared__ float map[NESTED ? 256 : 1];
+    __shared__ uint4 slots[MOST_WARPS][2][SLOTS];  // of a group: what its tiles of sums are
+    extern __shared__ __align__(128) u8 dynamic[];
+
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const u32 g = lane / 4, t = lane % 4, lane4 = lane * 4;
+    const u32 group = warp / split, part = warp % split, groups = warps / split, group_threads = split * WARP;
+
+    Expert* list = reinterpret_cast<Expert*>(dynamic);
+    u8* rings = dynamic + (E + 1 + 7) / 8 * 128;
+    u8* ring = rings + warp * (STAGES * STAGE);
+    float* sums = reinterpret_cast<float*>(rings + warps * (STAGES * STAGE));
+    float* group_sums = sums + group * split * SUMS;
+    float* my_sums = sums + warp * SUMS + lane * 4;
+
+    const u32 used = list_experts(offsets, S, E, list);
+
+    // This group's share of the items, and this warp's of K, in blocks of 64.
+    const u32 tiles = (N + 15) / 16;
+    const u64 items = u64(list[used].chunks_before) * tiles;
+    const u32 worker = group * gridDim.x + blockIdx.x, workers = groups * gridDim.x;
+    const u64 first_item = items * worker / workers, last_item = items * (worker + 1) / workers;
+    const u32 blocks = K / 64, share = (blocks + split - 1) / split;
+    const u32 first = min(part * share, blocks), last = min(first + share, blocks);
+    const u32 steps = (last - first + 3) / 4;
+    const u32 fold = log2_block - 6;  // blocks of 64 to a scale, as a shift
+    const u64 all_scales = (u64(E) * N * blocks + (1u << fold) - 1) >> fold;
+    const float offset = NESTED ? __ldg(scales.offset) : 0.f;
+
+    const u32 copy_row = lane / 8, copy_chunk = lane % 8;
+    const u32 copy_to = shared_address(ring) + copy_row * 128 + ((copy_chunk ^ (copy_row % 4 * 2)) * 16);
+    const u32 scale_to = shared_address(ring) + STAGE_WEIGHTS + (lane % 16) * 16 + lane / 16 * 4;
+
+    Cursor copying;
+    u32 to_copy = steps > 0 ? u32(last_item - first_item) : 0;  // items
+    u32 copy_step = 0;
+    u32 places = 0;  // nested: for each stage, which byte of their words this lane's two codes are
+    if (to_copy > 0) copying.seek(list, used, tiles, first_item);
+
+    auto copy = [&](u32 stage) {
+        const u64 row0 = u64(copying.at->index) * N + copying.tile * 16;
+        const u32 rows = N - copying.tile * 16, block = first + copy_step * 4;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 row = i * 4 + copy_row;
+            const bool valid = row < rows && block + copy_chunk / 2 < last;
+            copy16(copy_to + stage * STAGE + i * 512,
+                   packed + (valid ? (row0 + row) * (K / 2) + block * 32 + copy_chunk * 16 : 0), valid);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const u32 b = block + lane / 16 + 2 * i;
+            const bool valid = lane % 16 < rows && b < last;
+            const u64 at = valid ? ((row0 + lane % 16) * blocks + b) >> fold : 0;
+            const u32 to = scale_to + stage * STAGE + i * 8;
+            if (NESTED) {
+                // The word that holds the code; the last one may not be whole.
+                const u64 word = at & ~u64(3);
+                const u32 bytes = all_scales - word < 4 ? u32(all_scales - word) : 4;
+                copy4(to, scales.nested + (at >> scales.nested_shift), valid ? 4 : 0);
+                copy4(to + STAGE_SCALES, static_cast<const u8*>(scales.absmax) + word, valid ? bytes : 0);
+                const u32 shift = stage * 4 + i * 2;
+                places = (places & ~(3u << shift)) | u32(at & 3) << shift;
+            } else {
+                copy4(to, static_cast<const float*>(scales.absmax) + at, valid ? 4 : 0);
+            }
+        }
+        if (++copy_step == steps) {
+            copy_step = 0;
+            if (--to_copy > 0) copying.next(tiles);
+        }
+    };
+
+#pragma unroll
+    for (u32 s = 0; s < STAGES - 1; ++s) {
+        if (to_copy > 0) copy(s);
+        commit();
+    }
+    if (NESTED)
+        for (u32 i = threadIdx.x; i < 256; i += blockDim.x) map[i] = __ldg(scales.map + i);
+    fill_pair_table(table, values);
+    __syncthreads();
+
+    u32 stage = 0;
+    // One item with COLUMNS tiles of 8 rows of x: `rows` of them, at x; the sums go to `to`.
+    auto item = [&](auto width, const T* x, u32 rows, float* to) {
+        constexpr int COLUMNS = decltype(width)::columns;
+        float acc[COLUMNS][4];
+        const T* mine[COLUMNS];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            acc[c][0] = acc[c][1] = acc[c][2] = acc[c][3] = 0.f;
+            // Rows that are not there are row 0 again: their sums are not used.
+            const u32 m = c * 8 + g;
+            mine[c] = x + u64(m < rows ? m : 0) * K + first * 64 + 16 * t;
+        }
+        for (u32 step = 0; step < steps; ++step) {
+            const u32 here = last - first - step * 4;  // blocks from this step on
+            // Activations: of the whole step before its weights are waited for, where there are registers for that.
+            constexpr u32 AHEAD = COLUMNS < 4 ? 4 : 1;
+            uint4 b[AHEAD][COLUMNS][2];
+            auto load = [&](u32 k) {
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c) {
+                    const uint4* from = reinterpret_cast<const uint4*>(mine[c] + (step * 4 + k) * 64);
+                    b[k % AHEAD][c][0] = k < here ? __ldg(from) : make_uint4(0, 0, 0, 0);
+                    b[k % AHEAD][c][1] = k < here ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
+                }
+            };
+#pragma unroll
+            for (u32 k = 0; k < AHEAD; ++k) load(k);
+            wait<STAGES - 2>();
+            u8* at = ring + stage * STAGE;
+            if (NESTED) {  // each lane decodes the scales that it has copied itself
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    u8* word = at + STAGE_WEIGHTS + (lane % 16) * 16 + lane / 16 * 4 + i * 8;
+                    const u32 code = word[STAGE_SCALES + (places >> (stage * 4 + i * 2) & 3)];
+                    float* scale = reinterpret_cast<float*>(word);
+                    *scale = __fadd_rn(__fmul_rn(map[code], *scale), offset);
+                }
+            }
+            __syncwarp();  // copies and scales of all lanes are there, and the stage before is read
+            if (to_copy > 0) copy((stage + STAGES - 1) % STAGES);
+            commit();
+
+            const float* scale = reinterpret_cast<const float*>(at + STAGE_WEIGHTS) + g * 4;
+            constexpr u32 UNROLLED = AHEAD;
+#pragma unroll UNROLLED
+            for (u32 k = 0; k < 4; ++k) {
+                const float low = scale[k], high = scale[8 * 4 + k];
+                if (AHEAD == 1 && k > 0) load(k);
+                const u32 chunk = (k * 32) ^ (g % 4 * 32);
+                const uint2 u = *reinterpret_cast<const uint2*>(at + g * 128 + chunk + t * 8);
+                const uint2 v = *reinterpret_cast<const uint2*>(at + (g + 8) * 128 + chunk + t * 8);
+                float d[COLUMNS][4];
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c) d[c][0] = d[c][1] = d[c][2] = d[c][3] = 0.f;
+#define BYTES(p, q, word, j, r0, r1)                                                          \
+    {                                                                                         \
+        const u32 a0 = decode<p>(u.word, table, lane4), a1 = decode<p>(v.word, table, lane4); \
+        const u32 a2 = decode<q>(u.word, table, lane4), a3 = decode<q>(v.word, table, lane4); \
+        _Pragma("unroll") for (int c = 0; c < COLUMNS; ++c)                                   \
+            mma<T>(d[c], a0, a1, a2, a3, b[k % AHEAD][c][j].r0, b[k % AHEAD][c][j].r1);                       \
+    }
+                BYTES(0, 1, x, 0, x, y)
+                BYTES(2, 3, x, 0, z, w)
+                BYTES(0, 1, y, 1, x, y)
+                BYTES(2, 3, y, 1, z, w)
+#undef BYTES
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c) {
+                    acc[c][0] = fmaf(d[c][0], low, acc[c][0]);
+                    acc[c][1] = fmaf(d[c][1], low, acc[c][1]);
+                    acc[c][2] = fmaf(d[c][2], high, acc[c][2]);
+                    acc[c][3] = fmaf(d[c][3], high, acc[c][3]);
+                }
+            }
+            stage = (stage + 1) % STAGES;
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+            *reinterpret_cast<float4*>(to + c * TILE_FLOATS) = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
+    };
+
+    Cursor here;
+    u32 left = u32(last_item - first_item);
+    if (left > 0) here.seek(list, used, tiles, first_item);
+    u32 buffer = 0;
+    while (left > 0) {
+        u32 filled = 0;  // slots of this buffer
+        do {
+            const u32 before = here.chunk * CHUNK, rows = min(here.at->count - before, CHUNK);
+            const u32 columns = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
+            if (filled + columns > SLOTS) break;
+            const u32 token = here.at->begin + before;
+            if (part == 0 && lane < columns) {
+                const u32 done = lane * 8;
+                slots[group][buffer][filled + lane] =
+                    make_uint4(here.at->index, here.tile * 16, token + done, done < rows ? min(rows - done, 8u) : 0);
+            }
+            const T* from = x + u64(token) * K;
+            float* to = my_sums + (buffer * SLOTS + filled) * TILE_FLOATS;
+            if (columns == 1) item(Width<1>{}, from, rows, to);
+            else if (columns == 2) item(Width<2>{}, from, rows, to);
+            else item(Width<4>{}, from, rows, to);
+            filled += columns;
+            if (--left > 0) here.next(tiles);
+        } while (left > 0);
+        group_barrier(group, group_threads);  // sums are there; and nobody reads the other buffer any more
+
+        // Sums of the warps, in order: a thread takes the four sums of one lane.
+        for (u32 i = part * WARP + lane; i < filled * WARP; i += group_threads) {
+            const float* from = group_sums + buffer * (SLOTS * TILE_FLOATS) + i * 4;
+            float4 sum = *reinterpret_cast<const float4*>(from);
+            for (u32 w = 1; w < split; ++w) {
+                const float4 more = *reinterpret_cast<const float4*>(from + w * SUMS);
+                sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+            }
+            const uint4 slot = slots[group][buffer][i / WARP];
+            auto put = [&](u32 n, u32 m, float value) {
+                if (n >= N || m >= slot.w) return;
+                value *= ungain;
+                if (bias != nullptr) value += to_float(bias[u64(slot.x) * N + n]);
+                out[u64(slot.z + m) * N + n] = from_float<T>(value);
+            };
+            const u32 n = slot.y + g, m = t * 2;
+            put(n, m, sum.x), put(n, m + 1, sum.y), put(n + 8, m, sum.z), put(n + 8, m + 1, sum.w);
+        }
+        buffer ^= 1;
+    }
+
+    // Rows of nobody.
+    const u32 begin = u32(min(max(__ldg(offsets), 0), int(S))), end = u32(min(max(__ldg(offsets + E), int(begin)), int(S)));
+    const u64 nobody = u64(begin) * N;
+    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < nobody + u64(S - end) * N; i += u64(gridDim.x) * blockDim.x)
+        out[i < nobody ? i : i - nobody + u64(end) * N] = from_float<T>(0.f);
+}
+
+#define EXPERTS(name)                                                                                                         \
+    KERNEL __launch_bounds__(256, 1)                                                                                          \
+        matmul_4bit_experts_##name(const ELEMENT* x,        /* [S, K], 16-byte aligned, sorted by expert */                   \
+                                   const int* offsets,      /* [E + 1], rising */                                             \
+                                   const u8* packed,        /* [E·N·K / 2], 16-byte aligned */                                \
+                                   const void* absmax,      /* fp32 [E·N·K >> log2_block, up], or u8 codes if nested,         \
+                                                               4-byte aligned */                                              \
+                                   const float* nested,     /* fp32, one for 2^nested_shift codes; null when plain */         \
+                                   const float* map,        /* fp32 [256] */                                                  \
+                                   const float* offset,     /* fp32 [1] */                                                    \
+                                   u32 nested_shift,                                                                          \
+                                   const ELEMENT* bias,     /* [E, N] or null */                                              \
+                                   ELEMENT* out,            /* [S, N] */                                                      \
+                                   u32 S, u32 E, u32 N, u32 K, /* K % 64 = 0, K > 0; S, E, N, K < 2^31 */                     \
+                                   u32 log2_block,          /* 6 … 12 */                                                      \
+                                   u64 values0, u64 values1, u64 values2, u64 values3, /* the code's 16 values */             \
+                                   float ungain,            /* what the sums are multiplied with */                           \
+                                   u32 split) {             /* warps that share K; divides the warps of the block */          \
+        experts<ELEMENT>(x, offsets, packed, Scales{absmax, nested, map, offset, nested_shift}, bias, out, S, E, \
+                                      N, K, log2_block, Values{{values0, values1, values2, values3}}, ungain, split);         \
+    }
+#if NESTED
+EXPERTS(nested)
+#else
+EXPERTS(plain)
+#endif
