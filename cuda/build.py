@@ -56,7 +56,9 @@ FAMILIES = [
     Family("eight_bit", "eight_bit.cu", ("75", "80")),
 ]
 FAMILIES += [
-    Family(f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", ("80", "90"), {"ELEMENT": element, "TOKENS": str(tokens)})
+    Family(
+        f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", ("80", "90"), {"ELEMENT": element, "TOKENS": str(tokens)}
+    )
     for name, element in (("bf16", "Bf16"), ("f16", "F16"))
     for tokens in (8, 16)
 ]
@@ -64,13 +66,14 @@ FAMILIES += [
 FAMILIES += [Family("four_bit_experts", "four_bit_experts.cu", ("75", "80"))]
 FAMILIES += [
     Family(
-        f"four_bit_experts_{name}_{form}",
+        f"four_bit_experts_{name}_{form}_{rows}",
         "four_bit_experts_mma.cu",
         ("80",),
-        {"ELEMENT": element, "NESTED": str(nested)},
+        {"ELEMENT": element, "NESTED": str(nested), "CHUNK": chunk},
     )
     for name, element in (("bf16", "Bf16"), ("f16", "F16"))
     for nested, form in enumerate(("plain", "nested"))
+    for rows, chunk in (("few", "8"), ("many", "32"))
 ]
 
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.

@@ -4,49 +4,58 @@
 //   x [S, K] 16-bit, sorted by expert; rows offsets[e] … offsets[e + 1] − 1 are those of expert e, offsets int32 [E + 1] in
 //   device memory; w packed [E·N·K / 2], scales one a block of 2^log2_block ≥ 64 across the whole stack; out [S, N]; K % 64 = 0
 //
-// Built with ELEMENT = Bf16 and F16, each with NESTED = 0 and 1. The host does not know who has rows, so blocks find their work themselves. Each reads all
-// offsets, lists the experts in use, and cuts the list of *items*
+// Built with ELEMENT = Bf16 and F16, each with NESTED = 0 and 1 and with CHUNK = 8 (a few rows an expert, as in decoding) and 32.
+// The host does not know who has rows, so blocks find their work themselves. Each reads all offsets, lists the experts in use, and
+// cuts the list of *items*
 //
-//   expert in use → tile of 16 weight rows → chunk of up to 32 rows of x
+//   expert in use → tile of 16 weight rows → chunk of up to CHUNK rows of x
 //
 // into equal shares, one a group of warps. The experts not in use cost 4 bytes each. Chunks of a tile follow each other, so that
 // the second and further ones find its weights in the L2. The warps of a group split K (all 8 where K is long, none of them where
 // it is 256 or less); a warp's copies run on from item to item, whatever expert it is of, so that the ring is never empty.
 //
-//   ring of a warp:   4 stages of 16 rows × 256 weights = 2 KB, + 64 scales (+ 64 words with their codes when nested)
-//   sums of a warp:   2 buffers of 4 tiles of 16 × 8 results; a barrier of the group for each 4 tiles, the buffers take turns
+//   CHUNK                               8                              32
+//   warps a block, registers each      16, 128                         8, 255
+//   ring of a warp, in stages           3                              4        of 16 rows × 256 weights = 2 KB, + 64 scales
+//   sums of a warp: 2 buffers of        2                              4        tiles of 16 × 8 results (+ 64 words with codes if
+//                                                                               nested)
+//
+// A barrier of the group for each buffer full of sums; the buffers take turns.
 //
 // Weights are the A operand of mma.m16n8k16: the order of K, the pair table and the values are those of four_bit_mma.cu. x comes
 // through the L1 for each item again: the sums stay in registers instead. A chunk of up to 8, 16 or 32 rows costs 1, 2 or 4 MMAs
-// for each A operand. Which block computes an item changes nothing in how it is summed, so results do not depend on what other
-// rows there are, and are equal from run to run.
+// for each A operand. Which block, and how long chunks are, changes nothing in how an item is summed, so results do not
+// depend on what other rows there are, and are equal from run to run.
 //
 // Rows of x before the first expert's or after the last one's belong to nobody: their results are zeros.
 //
-// Grid: a block of up to 8 warps per SM. Bytes: the packed weights and scales of the experts in use, S·K·2 (from L2) a tile of
+// Grid: a block per SM. Bytes: the packed weights and scales of the experts in use, S·K·2 (from L2) a tile of
 // weight rows, 2·S·N. From sm_80 and PTX 7.4 on.
 #include "codebook.cuh"
 #include "mma.cuh"
 
-#if !defined(ELEMENT) || !defined(NESTED)
-#error "compile with -DELEMENT=Bf16 or F16 and -DNESTED=0 or 1"
+#if !defined(ELEMENT) || !defined(NESTED) || !defined(CHUNK)
+#error "compile with -DELEMENT=Bf16 or F16, -DNESTED=0 or 1 and -DCHUNK=8 or 32"
 #endif
 
 constexpr u32 STEP = 256;                             // weights of a row a stage
-constexpr u32 STAGES = 4;                             // a power of two
+constexpr u32 STAGES = CHUNK == 8 ? 3 : 4;
 constexpr u32 STAGE_WEIGHTS = 16 * STEP / 2;          // bytes
 constexpr u32 STAGE_SCALES = 16 * 4 * 4;              // bytes: 16 rows × 4 scales
-constexpr u32 STAGE = STAGE_WEIGHTS + 2 * STAGE_SCALES;
-constexpr u32 CHUNK = 32;                             // rows of x an item
-constexpr u32 SLOTS = 4;                              // tiles of sums a buffer
+constexpr u32 STAGE = STAGE_WEIGHTS + (NESTED ? 2 : 1) * STAGE_SCALES;
+constexpr u32 SLOTS = CHUNK == 8 ? 2 : 4;             // tiles of sums a buffer
 constexpr u32 TILE_FLOATS = 16 * 8;
 constexpr u32 SUMS = 2 * SLOTS * TILE_FLOATS;         // floats a warp
-constexpr u32 MOST_WARPS = 8;
+constexpr u32 MOST_WARPS = CHUNK == 8 ? 16 : 8;
 
-// An expert in use: its number, its rows of x, and the chunks that the experts before it have.
-struct Expert {
-    u32 index, begin, count, chunks_before;
-    DEVICE u32 chunks() const { return (count + CHUNK - 1) / CHUNK; }
+// The experts in use: their numbers, their rows of x, and the chunks that those before have; and one more entry with the sum of
+// chunks. In shared memory, E + 1 of each.
+struct Experts {
+    u32 *index, *begin, *count, *chunks_before;
+    DEVICE void set(u32 i, u32 e, u32 its_begin, u32 its_count, u32 before) const {
+        index[i] = e, begin[i] = its_begin, count[i] = its_count, chunks_before[i] = before;
+    }
+    DEVICE u32 chunks(u32 i) const { return (count[i] + CHUNK - 1) / CHUNK; }
 };
 
 // Rows of expert e, within bounds whatever the offsets say.
@@ -55,8 +64,8 @@ DEVICE void rows_of(const int* offsets, u32 e, u32 S, u32& begin, u32& count) {
     count = u32(min(max(__ldg(offsets + e + 1), int(begin)), int(S))) - begin;
 }
 
-// Lists the experts in use, and one more entry with the sum of chunks; returns how many there are. For all threads of the block.
-DEVICE u32 list_experts(const int* offsets, u32 S, u32 E, Expert* list) {
+// Lists the experts in use; returns how many there are. For all threads of the block.
+DEVICE u32 list_experts(const int* offsets, u32 S, u32 E, Experts list) {
     __shared__ uint2 totals[MOST_WARPS];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 each = (E + blockDim.x - 1) / blockDim.x;
@@ -83,33 +92,31 @@ DEVICE u32 list_experts(const int* offsets, u32 S, u32 E, Expert* list) {
     for (u32 e = first; e < last; ++e) {
         rows_of(offsets, e, S, begin, count);
         if (count > 0) {
-            list[at++] = Expert{e, begin, count, before};
+            list.set(at++, e, begin, count, before);
             before += (count + CHUNK - 1) / CHUNK;
         }
     }
-    if (threadIdx.x == 0) list[all_used] = Expert{0, 0, 0, all_chunks};
+    if (threadIdx.x == 0) list.set(all_used, 0, 0, 0, all_chunks);
     __syncthreads();
     return all_used;
 }
 
 // A place in the list of items.
 struct Cursor {
-    const Expert* at;  // in shared memory: cheaper than registers
-    u32 tile, chunk;
-    DEVICE void seek(const Expert* list, u32 used, u32 tiles, u64 item) {
-        u32 low = 0, high = used;  // list[low].chunks_before · tiles ≤ item < list[high] …
+    u32 at, tile, chunk;  // which of the experts in use; its tile; the tile's chunk
+    DEVICE void seek(const Experts& list, u32 used, u32 tiles, u64 item) {
+        u32 low = 0, high = used;  // chunks_before[low] · tiles ≤ item < chunks_before[high] · tiles
         while (high - low > 1) {
             const u32 middle = (low + high) / 2;
-            if (u64(list[middle].chunks_before) * tiles <= item) low = middle;
+            if (u64(list.chunks_before[middle]) * tiles <= item) low = middle;
             else high = middle;
         }
-        at = list + low;
-        const u32 chunks = at->chunks();
-        const u64 within = item - u64(at->chunks_before) * tiles;
-        tile = u32(within / chunks), chunk = u32(within % chunks);
+        const u32 chunks = list.chunks(low);
+        const u64 within = item - u64(list.chunks_before[low]) * tiles;
+        at = low, tile = u32(within / chunks), chunk = u32(within % chunks);
     }
-    DEVICE void next(u32 tiles) {
-        if (++chunk < at->chunks()) return;
+    DEVICE void next(const Experts& list, u32 tiles) {
+        if (++chunk < list.chunks(at)) return;
         chunk = 0;
         if (++tile < tiles) return;
         tile = 0;
@@ -133,8 +140,10 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
     const u32 g = lane / 4, t = lane % 4, lane4 = lane * 4;
     const u32 group = warp / split, part = warp % split, groups = warps / split, group_threads = split * WARP;
 
-    Expert* list = reinterpret_cast<Expert*>(dynamic);
-    u8* rings = dynamic + (E + 1 + 7) / 8 * 128;
+    const u32 most = (E + 8) / 8 * 8;
+    u32* numbers = reinterpret_cast<u32*>(dynamic);
+    const Experts list{numbers, numbers + most, numbers + 2 * most, numbers + 3 * most};
+    u8* rings = dynamic + most * 16;
     u8* ring = rings + warp * (STAGES * STAGE);
     float* sums = reinterpret_cast<float*>(rings + warps * (STAGES * STAGE));
     float* group_sums = sums + group * split * SUMS;
@@ -144,57 +153,64 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
 
     // This group's share of the items, and this warp's of K, in blocks of 64.
     const u32 tiles = (N + 15) / 16;
-    const u64 items = u64(list[used].chunks_before) * tiles;
+    const u64 items = u64(list.chunks_before[used]) * tiles;
     const u32 worker = group * gridDim.x + blockIdx.x, workers = groups * gridDim.x;
     const u64 first_item = items * worker / workers, last_item = items * (worker + 1) / workers;
     const u32 blocks = K / 64, share = (blocks + split - 1) / split;
     const u32 first = min(part * share, blocks), last = min(first + share, blocks);
     const u32 steps = (last - first + 3) / 4;
     const u32 fold = log2_block - 6;  // blocks of 64 to a scale, as a shift
-    const u64 all_scales = (u64(E) * N * blocks + (1u << fold) - 1) >> fold;
-    const float offset = NESTED ? __ldg(scales.offset) : 0.f;
+#if NESTED
+    const u32 all_scales = u32((u64(E) * N * blocks + (1u << fold) - 1) >> fold);
+    const float offset = __ldg(scales.offset);
+    u32 places = 0;  // for each stage, which byte of their words this lane's two codes are
+#endif
 
-    const u32 copy_row = lane / 8, copy_chunk = lane % 8;
+    // Copies: an instruction takes 4 rows × 128 bytes; a lane has the scales of row lane % 16, blocks lane / 16 and 2 + lane / 16.
+    const u32 copy_row = lane / 8, copy_chunk = lane % 8, scale_row = lane % 16, scale_block = lane / 16;
     const u32 copy_to = shared_address(ring) + copy_row * 128 + ((copy_chunk ^ (copy_row % 4 * 2)) * 16);
-    const u32 scale_to = shared_address(ring) + STAGE_WEIGHTS + (lane % 16) * 16 + lane / 16 * 4;
+    const u32 scale_to = shared_address(ring) + STAGE_WEIGHTS + scale_row * 16 + scale_block * 4;
 
-    Cursor copying;
+    Cursor copying{};
     u32 to_copy = steps > 0 ? u32(last_item - first_item) : 0;  // items
-    u32 copy_step = 0;
-    u32 places = 0;  // nested: for each stage, which byte of their words this lane's two codes are
-    if (to_copy > 0) copying.seek(list, used, tiles, first_item);
+    u32 copy_blocks = 0;     // blocks of 64 of the item that are under way
+    const u8* from = packed; // this lane's first 16 bytes of the item
+    u32 scale_at = 0;        // and its first block of 64, of all in the stack
+    u32 rows_left = 0;       // from its tile's first row on
+    auto aim = [&] {
+        const u32 row = list.index[copying.at] * N + copying.tile * 16;
+        from = packed + u64(row + copy_row) * (K / 2) + first * 32 + copy_chunk * 16;
+        scale_at = (row + scale_row) * blocks + first + scale_block;
+        rows_left = N - copying.tile * 16;
+    };
+    if (to_copy > 0) copying.seek(list, used, tiles, first_item), aim();
 
     auto copy = [&](u32 stage) {
-        const u64 row0 = u64(copying.at->index) * N + copying.tile * 16;
-        const u32 rows = N - copying.tile * 16, block = first + copy_step * 4;
+        const u32 left = last - first - copy_blocks;
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const u32 row = i * 4 + copy_row;
-            const bool valid = row < rows && block + copy_chunk / 2 < last;
-            copy16(copy_to + stage * STAGE + i * 512,
-                   packed + (valid ? (row0 + row) * (K / 2) + block * 32 + copy_chunk * 16 : 0), valid);
-        }
+        for (u32 i = 0; i < 4; ++i)
+            copy16(copy_to + stage * STAGE + i * 512, from + copy_blocks * 32 + u64(i * 2) * K,
+                   i * 4 + copy_row < rows_left && copy_chunk / 2 < left);
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
-            const u32 b = block + lane / 16 + 2 * i;
-            const bool valid = lane % 16 < rows && b < last;
-            const u64 at = valid ? ((row0 + lane % 16) * blocks + b) >> fold : 0;
+            const bool valid = scale_row < rows_left && scale_block + 2 * i < left;
+            const u32 at = valid ? (scale_at + copy_blocks + 2 * i) >> fold : 0;
             const u32 to = scale_to + stage * STAGE + i * 8;
-            if (NESTED) {
-                // The word that holds the code; the last one may not be whole.
-                const u64 word = at & ~u64(3);
-                const u32 bytes = all_scales - word < 4 ? u32(all_scales - word) : 4;
-                copy4(to, scales.nested + (at >> scales.nested_shift), valid ? 4 : 0);
-                copy4(to + STAGE_SCALES, static_cast<const u8*>(scales.absmax) + word, valid ? bytes : 0);
-                const u32 shift = stage * 4 + i * 2;
-                places = (places & ~(3u << shift)) | u32(at & 3) << shift;
-            } else {
-                copy4(to, static_cast<const float*>(scales.absmax) + at, valid ? 4 : 0);
-            }
+#if NESTED
+            // The word that holds the code; the last one may not be whole.
+            const u32 word = at & ~3u;
+            copy4(to, scales.nested + (at >> scales.nested_shift), valid ? 4 : 0);
+            copy4(to + STAGE_SCALES, static_cast<const u8*>(scales.absmax) + word, valid ? min(all_scales - word, 4u) : 0);
+            const u32 shift = stage * 4 + i * 2;
+            places = (places & ~(3u << shift)) | (at & 3) << shift;
+#else
+            copy4(to, static_cast<const float*>(scales.absmax) + at, valid ? 4 : 0);
+#endif
         }
-        if (++copy_step == steps) {
-            copy_step = 0;
-            if (--to_copy > 0) copying.next(tiles);
+        copy_blocks += 4;
+        if (copy_blocks >= last - first) {
+            copy_blocks = 0;
+            if (--to_copy > 0) copying.next(list, tiles), aim();
         }
     };
 
@@ -223,40 +239,42 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
         }
         for (u32 step = 0; step < steps; ++step) {
             const u32 here = last - first - step * 4;  // blocks from this step on
-            // Activations: of the whole step before its weights are waited for, where there are registers for that.
-            constexpr u32 AHEAD = COLUMNS < 4 ? 4 : 1;
+            // Activations: as many blocks of 64 ahead as there are registers for.
+            constexpr u32 AHEAD = COLUMNS == 4 || CHUNK == 8 ? 2 : 4;
             uint4 b[AHEAD][COLUMNS][2];
             auto load = [&](u32 k) {
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
                     const uint4* from = reinterpret_cast<const uint4*>(mine[c] + (step * 4 + k) * 64);
-                    b[k % AHEAD][c][0] = k < here ? __ldg(from) : make_uint4(0, 0, 0, 0);
-                    b[k % AHEAD][c][1] = k < here ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
+                    if (k < here) {
+                        b[k % AHEAD][c][0] = __ldg(from), b[k % AHEAD][c][1] = __ldg(from + 1);
+                    } else {
+                        b[k % AHEAD][c][0] = b[k % AHEAD][c][1] = make_uint4(0, 0, 0, 0);
+                    }
                 }
             };
 #pragma unroll
             for (u32 k = 0; k < AHEAD; ++k) load(k);
             wait<STAGES - 2>();
             u8* at = ring + stage * STAGE;
-            if (NESTED) {  // each lane decodes the scales that it has copied itself
+#if NESTED  // each lane decodes the scales that it has copied itself
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i) {
-                    u8* word = at + STAGE_WEIGHTS + (lane % 16) * 16 + lane / 16 * 4 + i * 8;
-                    const u32 code = word[STAGE_SCALES + (places >> (stage * 4 + i * 2) & 3)];
-                    float* scale = reinterpret_cast<float*>(word);
-                    *scale = __fadd_rn(__fmul_rn(map[code], *scale), offset);
-                }
+            for (u32 i = 0; i < 2; ++i) {
+                u8* word = at + STAGE_WEIGHTS + scale_row * 16 + scale_block * 4 + i * 8;
+                const u32 code = word[STAGE_SCALES + (places >> (stage * 4 + i * 2) & 3)];
+                float* scale = reinterpret_cast<float*>(word);
+                *scale = __fadd_rn(__fmul_rn(map[code], *scale), offset);
             }
+#endif
             __syncwarp();  // copies and scales of all lanes are there, and the stage before is read
-            if (to_copy > 0) copy((stage + STAGES - 1) % STAGES);
+            if (to_copy > 0) copy(stage == 0 ? STAGES - 1 : stage - 1);
             commit();
 
             const float* scale = reinterpret_cast<const float*>(at + STAGE_WEIGHTS) + g * 4;
-            constexpr u32 UNROLLED = AHEAD;
+            constexpr u32 UNROLLED = COLUMNS == 4 ? 2 : 4;
 #pragma unroll UNROLLED
             for (u32 k = 0; k < 4; ++k) {
                 const float low = scale[k], high = scale[8 * 4 + k];
-                if (AHEAD == 1 && k > 0) load(k);
                 const u32 chunk = (k * 32) ^ (g % 4 * 32);
                 const uint2 u = *reinterpret_cast<const uint2*>(at + g * 128 + chunk + t * 8);
                 const uint2 v = *reinterpret_cast<const uint2*>(at + (g + 8) * 128 + chunk + t * 8);
@@ -282,37 +300,42 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
                     acc[c][2] = fmaf(d[c][2], high, acc[c][2]);
                     acc[c][3] = fmaf(d[c][3], high, acc[c][3]);
                 }
+                if (k + AHEAD < 4) load(k + AHEAD);
             }
-            stage = (stage + 1) % STAGES;
+            stage = stage + 1 < STAGES ? stage + 1 : 0;
         }
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
             *reinterpret_cast<float4*>(to + c * TILE_FLOATS) = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
     };
 
-    Cursor here;
+    Cursor here{};
     u32 left = u32(last_item - first_item);
     if (left > 0) here.seek(list, used, tiles, first_item);
     u32 buffer = 0;
     while (left > 0) {
         u32 filled = 0;  // slots of this buffer
         do {
-            const u32 before = here.chunk * CHUNK, rows = min(here.at->count - before, CHUNK);
-            const u32 columns = rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
+            const u32 before = here.chunk * CHUNK, rows = min(list.count[here.at] - before, CHUNK);
+            const u32 columns = CHUNK == 8 || rows <= 8 ? 1 : rows <= 16 ? 2 : 4;
             if (filled + columns > SLOTS) break;
-            const u32 token = here.at->begin + before;
+            const u32 token = list.begin[here.at] + before;
             if (part == 0 && lane < columns) {
                 const u32 done = lane * 8;
                 slots[group][buffer][filled + lane] =
-                    make_uint4(here.at->index, here.tile * 16, token + done, done < rows ? min(rows - done, 8u) : 0);
+                    make_uint4(list.index[here.at], here.tile * 16, token + done, done < rows ? min(rows - done, 8u) : 0);
             }
             const T* from = x + u64(token) * K;
             float* to = my_sums + (buffer * SLOTS + filled) * TILE_FLOATS;
+#if CHUNK == 8
+            item(Width<1>{}, from, rows, to);
+#else
             if (columns == 1) item(Width<1>{}, from, rows, to);
             else if (columns == 2) item(Width<2>{}, from, rows, to);
             else item(Width<4>{}, from, rows, to);
+#endif
             filled += columns;
-            if (--left > 0) here.next(tiles);
+            if (--left > 0) here.next(list, tiles);
         } while (left > 0);
         group_barrier(group, group_threads);  // sums are there; and nobody reads the other buffer any more
 
@@ -345,7 +368,7 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
 }
 
 #define EXPERTS(name)                                                                                                         \
-    KERNEL __launch_bounds__(256, 1)                                                                                          \
+    KERNEL __launch_bounds__(MOST_WARPS * WARP, 1)                                                                                          \
         matmul_4bit_experts_##name(const ELEMENT* x,        /* [S, K], 16-byte aligned, sorted by expert */                   \
                                    const int* offsets,      /* [E + 1], rising */                                             \
                                    const u8* packed,        /* [E·N·K / 2], 16-byte aligned */                                \
@@ -357,7 +380,7 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
                                    u32 nested_shift,                                                                          \
                                    const ELEMENT* bias,     /* [E, N] or null */                                              \
                                    ELEMENT* out,            /* [S, N] */                                                      \
-                                   u32 S, u32 E, u32 N, u32 K, /* K % 64 = 0, K > 0; S, E, N, K < 2^31 */                     \
+                                   u32 S, u32 E, u32 N, u32 K, /* K % 64 = 0, K > 0; all < 2^31, E·N·K < 2^38 */                    \
                                    u32 log2_block,          /* 6 … 12 */                                                      \
                                    u64 values0, u64 values1, u64 values2, u64 values3, /* the code's 16 values */             \
                                    float ungain,            /* what the sums are multiplied with */                           \

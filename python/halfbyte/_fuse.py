@@ -40,14 +40,14 @@ GROUPS: Final = (
     ("q", "k", "v"),  # T5
     ("wi_0", "wi_1"),
 )
-"""Names of siblings that :func:`fuse_linears` looks for. Of several that fit, the first that finds two layers counts."""
+"""Names of siblings that :func:`fuse_linears` looks for. A layer belongs to the first group that it fits."""
 
 _MISSES = 3
 """How often in a row a layer may compute, or be computed, in vain before it works alone."""
 
 # Bound here because each saves a look-up a call.
 _grad_enabled = torch.is_grad_enabled
-_any_autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
+_any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes: Any = torch._C._len_torch_dispatch_stack
 _functorch_active: Any = torch._C._are_functorch_transforms_active
 _tracing_state: Any = torch._C._get_tracing_state
@@ -63,11 +63,11 @@ def fuse_linears(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> 
     Parameters
     ----------
     model
-        A module with :class:`~halfbyte.nn.Linear4bit` layers, quantized or not yet. Adapters around them (a module whose
+        A module with :class:`~halfbyte.nn.Linear4bit` layers, quantized or not yet. Adapters around them (modules whose
         ``base_layer`` is one, as peft's are) are looked into.
     groups
-        Names of siblings: children of one module that are called with the same tensor, from 2 to 8 a group. Names that a
-        module lacks are left out.
+        Names of siblings: children of one module that are called with the same tensor, from 2 to 8 a group. Names that
+        a module lacks are left out.
 
     Returns
     -------
@@ -82,8 +82,8 @@ def fuse_linears(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> 
     Notes
     -----
     Layers are fused where that pays: few rows (a token or a few), without a gradient, outside of autocast, of
-    ``torch.compile`` and of inference mode (whose tensors do not tell when they change; use ``torch.no_grad``), with one
-    device, K, quantization type, block size and form of statistics, and inputs of the layers' compute dtype. Otherwise
+    ``torch.compile`` and of inference mode (whose tensors do not tell when they change; use ``torch.no_grad``), with
+    one device, K, quantization type, block size and form of statistics, and inputs of the layers' compute dtype. Otherwise
     each works alone, as it does if the input was changed in place in between, if it is called on another stream or
     thread, or in another graph capture. State dicts, pickles, copies and moves of the model are what they were.
 
@@ -200,12 +200,7 @@ class _Waiting:
         self.sources = sources
 
     def of(self, x: Tensor, context: tuple[int, int]) -> bool:
-        return (
-            self.x() is x
-            and x._version == self.version
-            and x.data_ptr() == self.pointer
-            and self.context == context
-        )
+        return self.x() is x and x._version == self.version and x.data_ptr() == self.pointer and self.context == context
 
 
 class _Group:

@@ -15,6 +15,7 @@ Gradients go to `A` and the biases, as with :func:`~halfbyte.matmul_4bit`. Rows 
 # ruff: noqa: ARG001  # fakes and autograd functions take what their op takes
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -163,7 +164,7 @@ def _alike(a: Tensor, states: Sequence[QuantState]) -> bool:
 
 def _pieces(
     count: int, absmax: Sequence[Tensor], bias: Sequence[Tensor], nested: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
+) -> Iterator[tuple[Any, ...]]:
     """Yield absmax, bias and the three nested tensors of each weight."""
     for i in range(count):
         inner = tuple(nested[3 * i : 3 * i + 3]) if nested else (None, None, None)
@@ -218,17 +219,15 @@ def run_matmul_4bit_group(
         if _native.matmul_4bit_group(A, pieces, quant_type, blocksize):
             return outs
     return [
-        ops.run_matmul_4bit(A, packed, (n, k), scales, blocksize, quant_type, added, *inner, nested_blocksize)
-        for packed, n, (scales, added, *inner) in zip(B, rows, parts, strict=True)
+        ops.run_matmul_4bit(A, packed, (n, k), scales, blocksize, quant_type, added, a, b, c, nested_blocksize)
+        for packed, n, (scales, added, a, b, c) in zip(B, rows, parts, strict=True)
     ]
 
 
 # ---- rows sorted by expert, a stack of weights
 
 
-def matmul_4bit_experts(
-    A: Any, offsets: Tensor, B: Any, quant_state: QuantState, bias: Tensor | None = None
-) -> Any:
+def matmul_4bit_experts(A: Any, offsets: Tensor, B: Any, quant_state: QuantState, bias: Tensor | None = None) -> Any:
     """Multiply each row by the weight of its expert: ``A[s] @ W[e].T + bias[e]``.
 
     Parameters
@@ -236,8 +235,8 @@ def matmul_4bit_experts(
     A
         Activations ``[S, K]``, fp32, fp16 or bf16, sorted by expert; any DLPack producer.
     offsets
-        int32 ``[E + 1]``, not falling: rows of expert e are ``offsets[e]`` up to ``offsets[e + 1]``. On CUDA it stays on
-        the device: nothing waits for it, and it may change between replays of a graph.
+        int32 ``[E + 1]``, not falling: rows of expert e are ``offsets[e]`` up to ``offsets[e + 1]``. On CUDA it stays
+        on the device: nothing waits for it, and it may change between replays of a graph.
     B
         The stack ``[E, N, K]`` packed by :func:`~halfbyte.functional.quantize_4bit` as one tensor.
     quant_state
@@ -258,9 +257,9 @@ def matmul_4bit_experts(
     Notes
     -----
     Only the weights of experts that have rows are read. The result of a row does not depend on what other rows there
-    are, as long as there are on average at most :data:`EXPERTS_FUSED_ROWS` an expert; beyond, bf16 on CUDA is multiplied
-    by the dequantized stack with ``torch.nn.functional.grouped_mm``, which has the memory of E·N·K bf16 numbers for the
-    time of the call.
+    are, as long as there are on average at most ``EXPERTS_FUSED_ROWS`` (32) an expert. Beyond, bf16 on CUDA is
+    multiplied by the dequantized stack with ``torch.nn.functional.grouped_mm``, for which there must be memory for
+    E·N·K bf16 numbers; fp16 and fp32 have no such product that would not wait for the device.
 
     Gradients reach `A` and `bias`. The backward pass of bf16 on CUDA is done that way too; that of other types, and on
     the CPU, dequantizes one used expert at a time and reads `offsets` on the host.
@@ -404,7 +403,9 @@ def run_matmul_4bit_experts_grad_input(
     grad, offsets = grad.contiguous(), offsets.contiguous()
     nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
     if _can_group(grad, n, k):
-        return _grouped(grad, ops.run_dequantize_4bit(B, absmax, blocksize, quant_type, shape, grad.dtype, *nested), offsets)
+        return _grouped(
+            grad, ops.run_dequantize_4bit(B, absmax, blocksize, quant_type, shape, grad.dtype, *nested), offsets
+        )
     dtype = ops._dense_dtype(grad)
     out = grad.new_zeros((grad.shape[0], k))
     ends = _checked(offsets, grad.shape[0])
@@ -417,7 +418,7 @@ def run_matmul_4bit_experts_grad_input(
 
 def _checked(offsets: Tensor, rows: int) -> list[int]:
     ends: list[int] = offsets.tolist()
-    if ends[0] < 0 or ends[-1] > rows or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+    if ends[0] < 0 or ends[-1] > rows or any(a > b for a, b in pairwise(ends)):
         raise ArgumentError(f"offsets: expected numbers from 0 to {rows} that do not fall")
     return ends
 

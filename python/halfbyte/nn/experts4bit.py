@@ -55,7 +55,7 @@ def route(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Stacks(nn.Module):
-    """A module some of whose parameters are stacks ``[E, N, K]`` that are quantized when they first move to a device."""
+    """A module with stacks ``[E, N, K]`` as parameters, quantized when they first move to a device."""
 
     def _pack(
         self,
@@ -227,9 +227,7 @@ class StackedLinear4bit(_Stacks):
         self.num_experts, self.in_features, self.out_features = num_experts, input_features, output_features
         stack = torch.empty(num_experts, output_features, input_features, device=device)
         reach = input_features**-0.5 if input_features else 0.0
-        self._pack(
-            "weight", stack.uniform_(-reach, reach), blocksize, compress_statistics, quant_type, quant_storage
-        )
+        self._pack("weight", stack.uniform_(-reach, reach), blocksize, compress_statistics, quant_type, quant_storage)
         added = torch.empty(num_experts, output_features, device=device).uniform_(-reach, reach) if bias else None
         self.register_parameter("bias", None if added is None else nn.Parameter(added))
 
@@ -262,8 +260,8 @@ class StackedLinear4bit(_Stacks):
 class Experts4bit(_Stacks):
     """The experts of a mixture: up (and gate), activation, down, with 4-bit stacks.
 
-    Takes the place of transformers' modules with 3-D parameters (``MixtralExperts``, ``Qwen3MoeExperts``, …), whose call
-    and parameter names it has.
+    Takes the place of transformers' modules with 3-D parameters (``MixtralExperts``, ``Qwen3MoeExperts``, …), whose
+    call and parameter names it has.
 
     Parameters
     ----------
@@ -275,7 +273,7 @@ class Experts4bit(_Stacks):
     has_gate
         Whether the first product is of two halves, and the activated first one multiplies the second.
     bias
-        Whether to have ``gate_up_proj_bias`` (or ``up_proj_bias``) and ``down_proj_bias``, ``[E, N]`` in floating point.
+        Whether to have ``gate_up_proj_bias`` (or ``up_proj_bias``) and ``down_proj_bias``, floats ``[E, N]``.
     compress_statistics, quant_type, quant_storage, device, blocksize
         See :class:`~halfbyte.nn.Linear4bit`.
 
@@ -377,7 +375,7 @@ class Experts4bit(_Stacks):
         kept = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
         self.__dict__.update(kept)
         self._modules.update(module._modules)
-        self._gate = type(module)._apply_gate if old.has_gate else None
+        self._gate = type(old)._apply_gate if old.has_gate else None
         self.has_gate = old.has_gate
         stacks = (self._up_name, "down_proj")
         self.num_experts = old._parameters["down_proj"].shape[0]
@@ -388,7 +386,7 @@ class Experts4bit(_Stacks):
                 self._pack(name, stack, blocksize, compress_statistics, quant_type, quant_storage)
             else:
                 self.register_parameter(name, parameter)
-        self.is_transposed = False
+        self.__dict__["is_transposed"] = False
         self.train(module.training)
         return self
 

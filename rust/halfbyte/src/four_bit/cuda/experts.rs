@@ -11,17 +11,32 @@ use super::matmul::MMA_STEP;
 use super::matmul_small::mma_values;
 use super::{aligned, kind_number};
 
-/// By dtype; plain and nested.
-static MMA: [[Kernel; 2]; 2] = [
+/// By dtype; plain and nested; few rows an expert and many.
+static MMA: [[[Kernel; 2]; 2]; 2] = [
     [
-        Kernel::new("four_bit_experts_bf16_plain", "matmul_4bit_experts_plain"),
-        Kernel::new("four_bit_experts_bf16_nested", "matmul_4bit_experts_nested"),
+        [
+            Kernel::new("four_bit_experts_bf16_plain_few", "matmul_4bit_experts_plain"),
+            Kernel::new("four_bit_experts_bf16_plain_many", "matmul_4bit_experts_plain"),
+        ],
+        [
+            Kernel::new("four_bit_experts_bf16_nested_few", "matmul_4bit_experts_nested"),
+            Kernel::new("four_bit_experts_bf16_nested_many", "matmul_4bit_experts_nested"),
+        ],
     ],
     [
-        Kernel::new("four_bit_experts_f16_plain", "matmul_4bit_experts_plain"),
-        Kernel::new("four_bit_experts_f16_nested", "matmul_4bit_experts_nested"),
+        [
+            Kernel::new("four_bit_experts_f16_plain_few", "matmul_4bit_experts_plain"),
+            Kernel::new("four_bit_experts_f16_plain_many", "matmul_4bit_experts_plain"),
+        ],
+        [
+            Kernel::new("four_bit_experts_f16_nested_few", "matmul_4bit_experts_nested"),
+            Kernel::new("four_bit_experts_f16_nested_many", "matmul_4bit_experts_nested"),
+        ],
     ],
 ];
+
+/// Rows an expert, on average, up to which the kernel for few rows is faster.
+const FEW: usize = 3;
 
 static SIMT: [Kernel; 3] = [
     Kernel::new("four_bit_experts", "matmul_4bit_experts_simt_bf16"),
@@ -36,7 +51,7 @@ static ROUTE: [Kernel; 2] =
 static CLEAR: Kernel = Kernel::new("four_bit_experts", "experts_clear_16");
 
 pub(super) fn kernels() -> impl Iterator<Item = &'static Kernel> {
-    MMA.iter().flatten().chain(&SIMT).chain(&ROUTE).chain([&CLEAR])
+    MMA.iter().flatten().flatten().chain(&SIMT).chain(&ROUTE).chain([&CLEAR])
 }
 
 /// A whole number that kernels take as 32 bits with a sign.
@@ -95,11 +110,15 @@ pub unsafe fn matmul_experts(
         && k > 0
         && k.is_multiple_of(MMA_STEP)
         && block >= MMA_STEP
+        && e.saturating_mul(n).saturating_mul(k / MMA_STEP) <= u32::MAX as usize
         && aligned(&[(x, 16), (packed, 16), (scales, 4)]);
-    if let Some(plan) = Plan::new(s, e, n, k, gpu.multiprocessors, gpu.shared_memory).filter(|_| tensor_cores) {
+    let many = s > FEW * e;
+    let shape = (s, e, n, k);
+    let plan = Plan::new(many, absmax.is_nested(), shape, gpu.multiprocessors, gpu.shared_memory);
+    if let Some(plan) = plan.filter(|_| tensor_cores) {
         let (values, gain) = mma_values(kind, dtype);
         let arguments = values.into_iter().fold(arguments, Arguments::u64).u32((1.0 / gain).to_bits());
-        let kernel = &MMA[dtype_index(dtype)][usize::from(absmax.is_nested())];
+        let kernel = &MMA[dtype_index(dtype)][usize::from(absmax.is_nested())][usize::from(many)];
         // SAFETY: the arguments are those of `matmul_4bit_experts_*`; the caller vouches for the pointers.
         return unsafe { kernel.launch(stream, plan.launch, &mut arguments.u32(plan.split)) };
     }
@@ -121,27 +140,33 @@ struct Plan {
 impl Plan {
     /// Static shared memory, rounded up: the pair table, the nested map, slots and sums of the scan.
     const FIXED: u32 = 32 * 1024 + 1024 + 1024 + 256;
-    /// Rings and sums of a warp.
-    const WARP: u32 = 4 * (16 * 128 + 2 * 16 * 16) + 2 * 4 * 16 * 8 * 4;
-    const MOST_WARPS: u32 = 8;
+    /// Most warps that share K, in both kernels.
+    const MOST_SPLIT: usize = 8;
     /// Weights of a row that a stage holds, in steps of [`MMA_STEP`].
     const STAGE_STEPS: usize = 4;
-    /// Rows of `x` an item.
-    const CHUNK: usize = 32;
 
     /// None where the list of experts leaves no room for a warp.
-    fn new(s: usize, e: usize, n: usize, k: usize, multiprocessors: u32, shared: u32) -> Option<Self> {
+    fn new(
+        many: bool,
+        nested: bool,
+        (s, e, n, k): (usize, usize, usize, usize),
+        multiprocessors: u32,
+        shared: u32,
+    ) -> Option<Self> {
+        // As the kernel has them: rows of `x` an item, warps, stages of a warp's ring, tiles of a buffer of sums.
+        let (chunk, most_warps, stages, slots) = if many { (32, 8, 4, 4) } else { (8, 16, 3, 2) };
+        let warp = stages * (16 * 128 + 256 * (1 + usize::from(nested))) + 2 * slots * (16 * 8 * 4);
         let list = (e + 1).div_ceil(8).checked_mul(128)?;
         let room = (shared as usize).checked_sub(Self::FIXED as usize)?.checked_sub(list)?;
-        let fits = (room / Self::WARP as usize).min(Self::MOST_WARPS as usize);
+        let fits = (room / warp).min(most_warps);
         let warps = if fits == 0 { return None } else { 1 << fits.ilog2() };
         // Of the shape of the weights alone, and so is the order of sums.
-        let split = (k / MMA_STEP).div_ceil(Self::STAGE_STEPS).next_power_of_two().min(warps);
-        let items = (s.min(e) + s / Self::CHUNK).saturating_mul(n.div_ceil(16)).max(1);
+        let split = (k / MMA_STEP).div_ceil(Self::STAGE_STEPS).next_power_of_two().min(warps.min(Self::MOST_SPLIT));
+        let items = (s.min(e) + s / chunk).saturating_mul(n.div_ceil(16)).max(1);
         let blocks = items.div_ceil(warps / split).min(multiprocessors as usize);
         let launch = Launch {
             threads: warps as u32 * 32,
-            shared: list as u32 + warps as u32 * Self::WARP,
+            shared: (list + warps * warp) as u32,
             ..Launch::new((blocks as u32, 1), 0)
         };
         Some(Self { launch, split: split as u32 })
@@ -196,13 +221,15 @@ mod tests {
         for shared in [227 * 1024, 163 * 1024, 99 * 1024] {
             for (s, e) in [(1, 1), (8, 128), (1 << 20, 256), (4096, 2048)] {
                 for (n, k) in [(1, 64), (1536, 2048), (2048, 768), (28672, 4096), (4096, 14336), (1 << 30, 64)] {
-                    let plan = Plan::new(s, e, n, k, 132, shared).expect("it fits");
-                    assert!(plan.launch.shared + Plan::FIXED <= shared, "{s} {e} {n} {k}: {plan:?}");
-                    assert!((plan.launch.threads / 32).is_multiple_of(plan.split));
-                    assert!((1..=132).contains(&plan.launch.grid.0));
+                    for (many, nested) in [(false, false), (false, true), (true, false), (true, true)] {
+                        let plan = Plan::new(many, nested, (s, e, n, k), 132, shared).expect("it fits");
+                        assert!(plan.launch.shared + Plan::FIXED <= shared, "{s} {e} {n} {k}: {plan:?}");
+                        assert!((plan.launch.threads / 32).is_multiple_of(plan.split));
+                        assert!((1..=132).contains(&plan.launch.grid.0));
+                    }
                 }
             }
         }
-        assert_eq!(Plan::new(8, 1 << 20, 64, 64, 132, 227 * 1024), None);
+        assert_eq!(Plan::new(false, false, (8, 1 << 20, 64, 64), 132, 227 * 1024), None);
     }
 }
