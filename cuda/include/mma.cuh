@@ -28,6 +28,10 @@ MMA(F16, "f16")
 DEVICE void copy16(u32 shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0));
 }
+// The same through the L1, for what shares a sector with what comes next.
+DEVICE void copy16_near(u32 shared, const void* global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0));
+}
 // `bytes` (0 … 4) bytes, and zeros up to 4.
 DEVICE void copy4(u32 shared, const void* global, u32 bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes));

@@ -11,26 +11,26 @@
 //   expert in use → tile of 16 weight rows → chunk of up to CHUNK rows of x
 //
 // into equal shares, one a group of warps. The experts not in use cost 4 bytes each. Chunks of a tile follow each other, so that
-// the second and further ones find its weights in the L2. The warps of a group split K (all 8 where K is long, none of them where
-// it is 256 or less); a warp's copies run on from item to item, whatever expert it is of, so that the ring is never empty.
+// the second and further ones find its weights in the L2. The warps of a group split K, up to 8 ways, in steps of 256; a warp's
+// copies run on from item to item, whatever expert it is of, so that the ring is never empty.
 //
 //   CHUNK                               8                              32
 //   warps a block, registers each      16, 128                         8, 255
 //   ring of a warp, in stages           3                              4        of 16 rows × 256 weights = 2 KB, + 64 scales
-//   sums of a warp: 2 buffers of        2                              4        tiles of 16 × 8 results (+ 64 words with codes if
-//                                                                               nested)
+//                                                                               (+ 64 words with codes if nested)
+//   sums of a warp: 2 buffers of        2                              4        tiles of 16 × 8 results
 //
 // A barrier of the group for each buffer full of sums; the buffers take turns.
 //
 // Weights are the A operand of mma.m16n8k16: the order of K, the pair table and the values are those of four_bit_mma.cu. x comes
 // through the L1 for each item again: the sums stay in registers instead. A chunk of up to 8, 16 or 32 rows costs 1, 2 or 4 MMAs
-// for each A operand. Which block, and how long chunks are, changes nothing in how an item is summed, so results do not
-// depend on what other rows there are, and are equal from run to run.
+// for each A operand. Which block it is, and how long chunks are, changes nothing in how a row is summed, so results are equal from
+// run to run and do not depend on what other rows there are.
 //
 // Rows of x before the first expert's or after the last one's belong to nobody: their results are zeros.
 //
-// Grid: a block per SM. Bytes: the packed weights and scales of the experts in use, S·K·2 (from L2) a tile of
-// weight rows, 2·S·N. From sm_80 and PTX 7.4 on.
+// Grid: a block per SM. Bytes: the packed weights and scales of the experts in use, S·K·2 (from L2) a tile of weight rows, 2·S·N.
+// From sm_80 and PTX 7.4 on.
 #include "codebook.cuh"
 #include "mma.cuh"
 
@@ -156,7 +156,7 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
     const u64 items = u64(list.chunks_before[used]) * tiles;
     const u32 worker = group * gridDim.x + blockIdx.x, workers = groups * gridDim.x;
     const u64 first_item = items * worker / workers, last_item = items * (worker + 1) / workers;
-    const u32 blocks = K / 64, share = (blocks + split - 1) / split;
+    const u32 blocks = K / 64, share = ((blocks + 3) / 4 + split - 1) / split * 4;
     const u32 first = min(part * share, blocks), last = min(first + share, blocks);
     const u32 steps = (last - first + 3) / 4;
     const u32 fold = log2_block - 6;  // blocks of 64 to a scale, as a shift
@@ -166,7 +166,9 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
     u32 places = 0;  // for each stage, which byte of their words this lane's two codes are
 #endif
 
-    // Copies: an instruction takes 4 rows × 128 bytes; a lane has the scales of row lane % 16, blocks lane / 16 and 2 + lane / 16.
+    // Copies: an instruction takes 4 rows × 128 bytes; a lane has the scales of row lane % 16, blocks lane / 16 and 2 + lane / 16,
+    // or lanes 0 … 15 have the four of a row where those lie together.
+    const bool together = fold == 0 && blocks % 4 == 0 && (NESTED || reinterpret_cast<u64>(scales.absmax) % 16 == 0);
     const u32 copy_row = lane / 8, copy_chunk = lane % 8, scale_row = lane % 16, scale_block = lane / 16;
     const u32 copy_to = shared_address(ring) + copy_row * 128 + ((copy_chunk ^ (copy_row % 4 * 2)) * 16);
     const u32 scale_to = shared_address(ring) + STAGE_WEIGHTS + scale_row * 16 + scale_block * 4;
@@ -191,21 +193,34 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
         for (u32 i = 0; i < 4; ++i)
             copy16(copy_to + stage * STAGE + i * 512, from + copy_blocks * 32 + u64(i * 2) * K,
                    i * 4 + copy_row < rows_left && copy_chunk / 2 < left);
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            const bool valid = scale_row < rows_left && scale_block + 2 * i < left;
-            const u32 at = valid ? (scale_at + copy_blocks + 2 * i) >> fold : 0;
-            const u32 to = scale_to + stage * STAGE + i * 8;
+        const u32 to = scale_to + stage * STAGE;
+        if (together) {
+            if (lane < 16) {
+                const u32 at = scale_at + copy_blocks;
+                const bool valid = scale_row < rows_left;
 #if NESTED
-            // The word that holds the code; the last one may not be whole.
-            const u32 word = at & ~3u;
-            copy4(to, scales.nested + (at >> scales.nested_shift), valid ? 4 : 0);
-            copy4(to + STAGE_SCALES, static_cast<const u8*>(scales.absmax) + word, valid ? min(all_scales - word, 4u) : 0);
-            const u32 shift = stage * 4 + i * 2;
-            places = (places & ~(3u << shift)) | (at & 3) << shift;
+                copy4(to, scales.nested + (at >> scales.nested_shift), valid ? 4 : 0);
+                copy4(to + STAGE_SCALES, static_cast<const u8*>(scales.absmax) + at, valid ? 4 : 0);
 #else
-            copy4(to, static_cast<const float*>(scales.absmax) + at, valid ? 4 : 0);
+                copy16_near(to, static_cast<const float*>(scales.absmax) + at, valid);
 #endif
+            }
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                const bool valid = scale_row < rows_left && scale_block + 2 * i < left;
+                const u32 at = valid ? (scale_at + copy_blocks + 2 * i) >> fold : 0;
+#if NESTED
+                // The word that holds the code; the last one may not be whole.
+                const u32 word = at & ~3u, bytes = valid ? min(all_scales - word, 4u) : 0;
+                copy4(to + i * 8, scales.nested + (at >> scales.nested_shift), valid ? 4 : 0);
+                copy4(to + i * 8 + STAGE_SCALES, static_cast<const u8*>(scales.absmax) + word, bytes);
+                const u32 shift = stage * 4 + i * 2;
+                places = (places & ~(3u << shift)) | (at & 3) << shift;
+#else
+                copy4(to + i * 8, static_cast<const float*>(scales.absmax) + at, valid ? 4 : 0);
+#endif
+            }
         }
         copy_blocks += 4;
         if (copy_blocks >= last - first) {
@@ -225,6 +240,12 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
     __syncthreads();
 
     u32 stage = 0;
+    // Activations of the step, as many blocks of 64 ahead as there are registers for. Where a warp has one step only, those of a
+    // chunk of 8 stay for the next tile.
+    const T* held = nullptr;
+#if CHUNK == 8
+    uint4 b[4][1][2];
+#endif
     // One item with COLUMNS tiles of 8 rows of x: `rows` of them, at x; the sums go to `to`.
     auto item = [&](auto width, const T* x, u32 rows, float* to) {
         constexpr int COLUMNS = decltype(width)::columns;
@@ -239,9 +260,10 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
         }
         for (u32 step = 0; step < steps; ++step) {
             const u32 here = last - first - step * 4;  // blocks from this step on
-            // Activations: as many blocks of 64 ahead as there are registers for.
-            constexpr u32 AHEAD = COLUMNS == 4 || CHUNK == 8 ? 2 : 4;
+            constexpr u32 AHEAD = COLUMNS == 4 ? 2 : 4;
+#if CHUNK == 32
             uint4 b[AHEAD][COLUMNS][2];
+#endif
             auto load = [&](u32 k) {
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c) {
@@ -253,17 +275,27 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
                     }
                 }
             };
+            if (CHUNK == 32 || held != x) {
 #pragma unroll
-            for (u32 k = 0; k < AHEAD; ++k) load(k);
+                for (u32 k = 0; k < AHEAD; ++k) load(k);
+            }
             wait<STAGES - 2>();
             u8* at = ring + stage * STAGE;
 #if NESTED  // each lane decodes the scales that it has copied itself
+            u8* word = at + STAGE_WEIGHTS + scale_row * 16 + scale_block * 4;
+            auto scale_of = [&](u32 code, float nested) { return __fadd_rn(__fmul_rn(map[code], nested), offset); };
+            if (!together) {
 #pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                u8* word = at + STAGE_WEIGHTS + scale_row * 16 + scale_block * 4 + i * 8;
-                const u32 code = word[STAGE_SCALES + (places >> (stage * 4 + i * 2) & 3)];
-                float* scale = reinterpret_cast<float*>(word);
-                *scale = __fadd_rn(__fmul_rn(map[code], *scale), offset);
+                for (u32 i = 0; i < 2; ++i) {
+                    float* scale = reinterpret_cast<float*>(word + i * 8);
+                    *scale = scale_of(word[i * 8 + STAGE_SCALES + (places >> (stage * 4 + i * 2) & 3)], *scale);
+                }
+            } else if (lane < 16) {
+                const float nested = *reinterpret_cast<const float*>(word);
+                const u32 codes = *reinterpret_cast<const u32*>(word + STAGE_SCALES);
+                *reinterpret_cast<float4*>(word) =
+                    make_float4(scale_of(codes & 255, nested), scale_of(codes >> 8 & 255, nested),
+                                scale_of(codes >> 16 & 255, nested), scale_of(codes >> 24, nested));
             }
 #endif
             __syncwarp();  // copies and scales of all lanes are there, and the stage before is read
@@ -271,7 +303,7 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
             commit();
 
             const float* scale = reinterpret_cast<const float*>(at + STAGE_WEIGHTS) + g * 4;
-            constexpr u32 UNROLLED = COLUMNS == 4 ? 2 : 4;
+            constexpr u32 UNROLLED = AHEAD;
 #pragma unroll UNROLLED
             for (u32 k = 0; k < 4; ++k) {
                 const float low = scale[k], high = scale[8 * 4 + k];
@@ -286,7 +318,7 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
         const u32 a0 = decode<p>(u.word, table, lane4), a1 = decode<p>(v.word, table, lane4); \
         const u32 a2 = decode<q>(u.word, table, lane4), a3 = decode<q>(v.word, table, lane4); \
         _Pragma("unroll") for (int c = 0; c < COLUMNS; ++c)                                   \
-            mma<T>(d[c], a0, a1, a2, a3, b[k % AHEAD][c][j].r0, b[k % AHEAD][c][j].r1);                       \
+            mma<T>(d[c], a0, a1, a2, a3, b[k % AHEAD][c][j].r0, b[k % AHEAD][c][j].r1);       \
     }
                 BYTES(0, 1, x, 0, x, y)
                 BYTES(2, 3, x, 0, z, w)
@@ -304,6 +336,7 @@ DEVICE void experts(const T* x, const int* offsets, const u8* packed, Scales sca
             }
             stage = stage + 1 < STAGES ? stage + 1 : 0;
         }
+        if (CHUNK == 8 && steps == 1) held = x;
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
             *reinterpret_cast<float4*>(to + c * TILE_FLOATS) = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);

@@ -83,9 +83,10 @@ def fuse_linears(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> 
     -----
     Layers are fused where that pays: few rows (a token or a few), without a gradient, outside of autocast, of
     ``torch.compile`` and of inference mode (whose tensors do not tell when they change; use ``torch.no_grad``), with
-    one device, K, quantization type, block size and form of statistics, and inputs of the layers' compute dtype. Otherwise
-    each works alone, as it does if the input was changed in place in between, if it is called on another stream or
-    thread, or in another graph capture. State dicts, pickles, copies and moves of the model are what they were.
+    one device, K, quantization type, block size and form of statistics, and inputs of the layers' compute dtype.
+    Otherwise each works alone, as it does if the input was changed in place in between, if it is called on another
+    stream or thread, or in another graph capture. State dicts, pickles, copies and moves of the model are what they
+    were.
 
     Products that wait for their layer are held until it takes them, at most as long as the input lives. A layer whose
     siblings turn out to be called with something else (cross-attention) works alone after three times.

@@ -24,6 +24,7 @@ type Piece<'py> = (
 
 /// `out = x · wᵀ + bias` for each piece. False, with nothing written, where each product for itself is the better way.
 #[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "Python's list becomes this Vec")]
 pub(crate) fn matmul_4bit_group(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,

@@ -231,8 +231,8 @@ fn check_experts(
     check_size("offsets", &[e.saturating_add(1)], offsets.len())?;
     check_dequantize(size("packed", &[e, n, k])?, block, packed, absmax)?;
     if offsets[0] < 0 || offsets[e] as usize > s || !offsets.is_sorted() {
-        let expected = format!("numbers from 0 to {s} that do not fall");
-        return Err(Error::Value { argument: "offsets", expected, got: format!("{offsets:?}") });
+        let got = format!("{} numbers from {} to {}", offsets.len(), offsets[0], offsets[e]);
+        return Err(Error::value("offsets", format!("numbers from 0 to {s} that do not fall"), got));
     }
     bias.map_or(Ok(()), |bias| check_size("bias", &[e, n], bias))
 }

@@ -110,7 +110,7 @@ pub unsafe fn matmul_experts(
         && k > 0
         && k.is_multiple_of(MMA_STEP)
         && block >= MMA_STEP
-        && e.saturating_mul(n).saturating_mul(k / MMA_STEP) <= u32::MAX as usize
+        && u32::try_from(e.saturating_mul(n).saturating_mul(k / MMA_STEP)).is_ok()
         && aligned(&[(x, 16), (packed, 16), (scales, 4)]);
     let many = s > FEW * e;
     let shape = (s, e, n, k);
@@ -161,7 +161,8 @@ impl Plan {
         let fits = (room / warp).min(most_warps);
         let warps = if fits == 0 { return None } else { 1 << fits.ilog2() };
         // Of the shape of the weights alone, and so is the order of sums.
-        let split = (k / MMA_STEP).div_ceil(Self::STAGE_STEPS).next_power_of_two().min(warps.min(Self::MOST_SPLIT));
+        let steps = (k / MMA_STEP).div_ceil(Self::STAGE_STEPS);
+        let split = steps.next_power_of_two().min(warps.min(Self::MOST_SPLIT));
         let items = (s.min(e) + s / chunk).saturating_mul(n.div_ceil(16)).max(1);
         let blocks = items.div_ceil(warps / split).min(multiprocessors as usize);
         let launch = Launch {
