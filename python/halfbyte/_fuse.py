@@ -93,11 +93,9 @@ def fuse_linears(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> 
 
     Examples
     --------
-    >>> class Attention(torch.nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.q_proj, self.k_proj = (halfbyte.nn.LinearNF4(64, 64, bias=False) for _ in range(2))
-    >>> halfbyte.fuse_linears(Attention().to("cpu"))
+    >>> import halfbyte
+    >>> layers = {name: halfbyte.nn.LinearNF4(64, 64, bias=False) for name in ("q_proj", "k_proj")}
+    >>> halfbyte.fuse_linears(torch.nn.ModuleDict(layers).to("cpu"))
     1
     """
     for names in groups:

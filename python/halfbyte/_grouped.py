@@ -91,6 +91,7 @@ def matmul_4bit_group(
 
     Examples
     --------
+    >>> import halfbyte
     >>> q, k, v = (halfbyte.functional.quantize_4bit(torch.randn(n, 64), quant_type="nf4") for n in (64, 32, 32))
     >>> [tuple(y.shape) for y in halfbyte.matmul_4bit_group(torch.randn(2, 64), [q, k, v])]
     [(2, 64), (2, 32), (2, 32)]
