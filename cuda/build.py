@@ -66,6 +66,19 @@ FAMILIES += [
     for name, element in ELEMENTS.items()
 ]
 
+FAMILIES += [Family("four_bit_experts", "four_bit_experts.cu", ("75", "80"))]
+FAMILIES += [
+    Family(
+        f"four_bit_experts_{name}_{form}_{rows}",
+        "four_bit_experts_mma.cu",
+        ("80",),
+        {"ELEMENT": element, "NESTED": str(nested), "CHUNK": chunk},
+    )
+    for name, element in ELEMENTS.items()
+    for nested, form in enumerate(("plain", "nested"))
+    for rows, chunk in (("few", "8"), ("many", "32"))
+]
+
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.
 SERVES = {
     "75": ("75",),

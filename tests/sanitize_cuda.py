@@ -52,7 +52,40 @@ def main() -> None:
             _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
             _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
             y.cpu()
+        experts(dtype, code)
     torch.cuda.synchronize()
+
+
+def experts(dtype: torch.dtype, code: torch.Tensor) -> None:
+    """Groups of weights, and stacks of experts: few and many rows each, ragged and not, plain and nested."""
+    cases = (((2, 0, 1, 3), 33, 320), ((9, 0, 40), 20, 768), ((1, 0, 70, 17), 16, 1024), ((3, 2), 7, 77), ((1,), 1, 64))
+    for counts, n, k in cases:
+        e = len(counts)
+        packed = torch.empty((e * n * k + 1) // 2, dtype=torch.uint8, device="cuda")
+        absmax = torch.empty(-(-e * n * k // 64), device="cuda")
+        _native.quantize_4bit(torch.randn(e * n * k).cuda(), packed, absmax, "nf4", 64)
+        codes = torch.empty(absmax.numel(), dtype=torch.uint8, device="cuda")
+        nested = torch.empty(-(-absmax.numel() // 256), device="cuda")
+        offset = absmax.mean()
+        _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
+        index = torch.repeat_interleave(torch.arange(e), torch.tensor(counts))
+        index = torch.cat([index, torch.tensor([-1, e])]).cuda()  # and two rows of nobody
+        s = index.numel()
+        ends = torch.empty(e + 1, dtype=torch.int32, device="cuda")
+        order, inverse = torch.empty(2, s, dtype=torch.int32, device="cuda")
+        for number in (index, index.int()):
+            _native.route_experts(number, ends, order, inverse)
+        x, bias = torch.randn(s, k).to(dtype).cuda(), torch.randn(e, n).to(dtype).cuda()
+        out = torch.empty(s, n, dtype=dtype, device="cuda")
+        _native.matmul_4bit_experts(x, ends, packed, absmax, out, "nf4", 64, bias)
+        _native.matmul_4bit_experts(x, ends, packed, codes, out, "nf4", 64, None, nested, code, offset)
+        if dtype != torch.float32:
+            _native.clear_expert_rows(ends, out)
+        first = packed[: (n * k + 1) // 2], absmax[: -(-n * k // 64)]
+        outs = torch.empty(2, 3, n, dtype=dtype, device="cuda")
+        pieces = [(*first, out, added, None, None, None, 256) for out, added in zip(outs, (None, bias[0]), strict=True)]
+        _native.matmul_4bit_group(x[:3], pieces, "nf4", 64)
+        out.cpu(), outs.cpu(), order.cpu(), inverse.cpu()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 #pragma once
 #include "common.cuh"
 
-// 16 or 4 bytes, zeros if not `valid`. 16 go past the L1, where an older value might lie; the L2 is asked for the whole line at once.
+// 16 bytes, zeros if not `valid`; past the L1, where an older value might lie. The L2 is asked for the whole line at once.
 DEVICE void copy16(u32 to, const void* from, bool valid = true) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
-DEVICE void copy4(u32 to, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+// The same through the L1, for what shares a sector with what comes next.
+DEVICE void copy16_near(u32 to, const void* from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+// `bytes` (0 … 4) bytes, and zeros up to 4.
+DEVICE void copy4(u32 to, const void* from, u32 bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N groups of this thread are under way.

@@ -164,13 +164,13 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
             const u32 row = i * (WARP / CODE_WORDS) + lane / CODE_WORDS, word = lane % CODE_WORDS;
             const bool valid = row < rows && word < walk.width() / 4;
             const u64 at = u64(walk.row0() + row) * share.blocks + walk.block() + word * 4;
-            copy4(to + row * CODE_ROW + word * 4, codes + (valid ? at : 0), valid);
+            copy4(to + row * CODE_ROW + word * 4, codes + (valid ? at : 0), valid ? 4 : 0);
         }
         // A row's codes of a stage can belong to two nested scales.
         const u64 at = u64(walk.row0() + lane) * share.blocks + walk.block();
         const bool valid = lane < rows;
-        copy4(to + ROWS * CODE_ROW + lane * 8, weight.nested + (valid ? at >> nested_shift : 0), valid);
-        copy4(to + ROWS * CODE_ROW + lane * 8 + 4, weight.nested + (valid ? at + walk.width() - 1 >> nested_shift : 0), valid);
+        copy4(to + ROWS * CODE_ROW + lane * 8, weight.nested + (valid ? at >> nested_shift : 0), valid ? 4 : 0);
+        copy4(to + ROWS * CODE_ROW + lane * 8 + 4, weight.nested + (valid ? at + walk.width() - 1 >> nested_shift : 0), valid ? 4 : 0);
         commit();
     };
     Turn turn;

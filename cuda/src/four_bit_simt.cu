@@ -7,51 +7,7 @@
 // x; the block's scale multiplies the 8-term sum. More than ROWS rows: another pass over the weights, which the L2 then holds.
 // Any K: where rows do not begin at a multiple of 8 weights, the lanes go weight by weight.
 // Grid: 8 warps a block, N / 8 blocks. Bytes: N·K / 2 + scales, once a pass. From sm_75 and PTX 6.3 on.
-#include "codebook.cuh"
-
-template <class T, int ROWS>
-DEVICE void rows(const T* x, const u8* packed, Scales scales, const T* bias, T* out, u32 first_m, u32 M, u32 N, u32 K,
-                 u32 log2_block, u32 vectors, u32 n, u32 lane, ValueTable table) {
-    float sum[ROWS];
-#pragma unroll
-    for (int m = 0; m < ROWS; ++m) sum[m] = 0.f;
-    u64 start = u64(n) * K;
-    if (vectors) {
-        for (u32 k = lane * 8; k < K; k += 256) {
-            u32 word = __ldg(reinterpret_cast<const u32*>(packed + (start + k) / 2));
-            float scale = scales.get((start + k) >> log2_block);
-            float w[8];
-            table.decode(word, lane, w);
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-                if (first_m + m < M) {
-                    Eight<T> v;
-                    v.load(x + u64(first_m + m) * K + k);
-                    float dot = 0.f;
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) dot = fmaf(w[i], v.get(i), dot);
-                    sum[m] = fmaf(dot, scale, sum[m]);
-                }
-            }
-        }
-    } else {
-        for (u32 k = lane; k < K; k += WARP) {
-            u64 at = start + k;
-            u32 byte = packed[at / 2];
-            float w = table.words[(at % 2 ? byte & 15 : byte >> 4) * WARP + lane] * scales.get(at >> log2_block);
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m)
-                if (first_m + m < M) sum[m] = fmaf(w, to_float(x[u64(first_m + m) * K + k]), sum[m]);
-        }
-    }
-#pragma unroll
-    for (int m = 0; m < ROWS; ++m) {
-#pragma unroll
-        for (u32 step = WARP / 2; step > 0; step >>= 1) sum[m] += __shfl_xor_sync(ALL_LANES, sum[m], step);
-        if (lane == 0 && first_m + m < M)
-            out[u64(first_m + m) * N + n] = from_float<T>(bias == nullptr ? sum[m] : sum[m] + to_float(bias[n]));
-    }
-}
+#include "simt.cuh"
 
 template <class T>
 DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T* out, u32 M, u32 N, u32 K, u32 log2_block,
@@ -63,10 +19,10 @@ DEVICE void matmul(const T* x, const u8* packed, Scales scales, const T* bias, T
     u32 n = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (n >= N) return;
     if (M == 1) {
-        rows<T, 1>(x, packed, scales, bias, out, 0, M, N, K, log2_block, vectors, n, lane, table);
+        rows<T, 1>(x, packed, scales, bias, out, 0, M, N, K, log2_block, vectors, n, n, lane, table);
     } else {
         for (u32 m = 0; m < M; m += 8)
-            rows<T, 8>(x, packed, scales, bias, out, m, M, N, K, log2_block, vectors, n, lane, table);
+            rows<T, 8>(x, packed, scales, bias, out, m, M, N, K, log2_block, vectors, n, n, lane, table);
     }
 }
 

@@ -12,6 +12,8 @@ Importing this package makes an absent ``bitsandbytes`` importable (``HALFBYTE_N
 
 from halfbyte import _dropin, _native, errors, functional, nn, ops
 from halfbyte._dropin import replace_bitsandbytes
+from halfbyte._fuse import fuse_linears, unfuse_linears
+from halfbyte._grouped import matmul_4bit_experts, matmul_4bit_group
 from halfbyte._matmul import matmul_4bit
 from halfbyte._model import quantize_model
 from halfbyte.quant_state import QuantState
@@ -23,11 +25,15 @@ __all__ = [
     "__version__",
     "errors",
     "functional",
+    "fuse_linears",
     "matmul_4bit",
+    "matmul_4bit_experts",
+    "matmul_4bit_group",
     "nn",
     "ops",
     "quantize_model",
     "replace_bitsandbytes",
+    "unfuse_linears",
 ]
 
 _dropin.install()

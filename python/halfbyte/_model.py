@@ -13,7 +13,7 @@ from halfbyte import ops
 from halfbyte._progress import track
 from halfbyte._tables import FLOAT_DTYPES, STORAGE_DTYPES
 from halfbyte.errors import ArgumentError, DtypeError
-from halfbyte.nn import Linear4bit, Params4bit
+from halfbyte.nn import Experts4bit, Linear4bit, Params4bit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,9 +47,10 @@ def quantize_model(
 ) -> M:
     r"""Replace the linear layers of a model by 4-bit ones, in place.
 
-    Only layers whose class is exactly ``nn.Linear`` are replaced. The output embedding
-    (``model.get_output_embeddings()``), layers that share their weight with another module, and what `skip` names are
-    left alone. One layer is quantized at a time and its float weight freed before the next.
+    Only layers whose class is exactly ``nn.Linear`` are replaced, and transformers' modules of stacked experts (3-D
+    parameters; by :class:`~halfbyte.nn.Experts4bit`). The output embedding (``model.get_output_embeddings()``), layers
+    that share their weight with another module, and what `skip` names are left alone. One layer is quantized at a time
+    and its float weight freed before the next.
 
     Parameters
     ----------
@@ -95,8 +96,10 @@ def quantize_model(
     ops.check_dtype("quant_storage", quant_storage, STORAGE_DTYPES)
     layers = dict(_candidates(model, _pattern(skip)))
     for name, layer in layers.items():
-        if layer.weight.dtype not in FLOAT_DTYPES:
-            raise DtypeError(f"model.{name}.weight: expected fp32, fp16 or bf16, got {layer.weight.dtype}")
+        for weight in _weights(layer):
+            if layer._parameters[weight].dtype not in FLOAT_DTYPES:  # type: ignore[union-attr]
+                found = layer._parameters[weight].dtype  # type: ignore[union-attr]
+                raise DtypeError(f"model.{name}.{weight}: expected fp32, fp16 or bf16, got {found}")
     if not layers:
         logger.warning("quantize_model: found no nn.Linear to quantize in %s", type(model).__name__)
     parents = [m for m in model.modules() if m is not None]
@@ -113,43 +116,58 @@ def quantize_model(
                     parent._modules[child_name] = new
         # The caller may hold the old layer; what counts is that it no longer holds the weight.
         parents = [new if m is old else m for m in parents]
-        old._parameters["weight"] = None
+        for weight in _weights(old):
+            old._parameters[weight] = None
     if device is not None:
         root.to(device)
     return root  # type: ignore[return-value]
 
 
+def _weights(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that are quantized."""
+    if type(layer) is nn.Linear:
+        return ("weight",)
+    return ("gate_up_proj" if layer.has_gate else "up_proj", "down_proj")
+
+
 def _replacement(
-    old: nn.Linear,
+    old: nn.Module,
     device: torch.device | str | int | None,
     quant_type: str,
     double_quant: bool,
     blocksize: int,
     compute_dtype: torch.dtype | None,
     quant_storage: torch.dtype,
-) -> Linear4bit:
-    # On meta: nothing is allocated or initialized.
-    new = Linear4bit(
-        old.in_features,
-        old.out_features,
-        False,
-        compute_dtype,
-        double_quant,
-        quant_type,
-        quant_storage,
-        "meta",
-        blocksize,
-    )
-    weight = Params4bit(old.weight.detach(), **{**new.weight.__dict__, "module": new})
-    new._parameters["weight"] = weight if weight.is_meta else weight.to(weight.device if device is None else device)
-    new.register_parameter("bias", old.bias)
-    new.train(old.training)
+) -> nn.Module:
+    new: Linear4bit | Experts4bit
+    if isinstance(old, nn.Linear):
+        # On meta: nothing is allocated or initialized.
+        new = Linear4bit(
+            old.in_features,
+            old.out_features,
+            False,
+            compute_dtype,
+            double_quant,
+            quant_type,
+            quant_storage,
+            "meta",
+            blocksize,
+        )
+        new._parameters["weight"] = Params4bit(old.weight.detach(), **{**new.weight.__dict__, "module": new})
+        new.register_parameter("bias", old.bias)
+        new.train(old.training)
+    else:
+        new = Experts4bit.from_module(old, double_quant, quant_type, quant_storage, blocksize)
+    for name in _weights(old):
+        weight = new._parameters[name]
+        if weight is not None and not weight.is_meta:
+            new._parameters[name] = weight.to(weight.device if device is None else device)  # type: ignore[assignment]
     for hooks in _HOOKS:
         getattr(new, hooks).update(getattr(old, hooks))
     return new
 
 
-def _candidates(model: nn.Module, skipped: re.Pattern[str] | None) -> Iterator[tuple[str, nn.Linear]]:
+def _candidates(model: nn.Module, skipped: re.Pattern[str] | None) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers to replace, each under its first name."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
@@ -162,12 +180,11 @@ def _candidates(model: nn.Module, skipped: re.Pattern[str] | None) -> Iterator[t
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     for module, all_names in names.items():
-        weight = module._parameters.get("weight")
         if (
-            type(module) is nn.Linear
+            (type(module) is nn.Linear or Experts4bit.recognizes(module))
             and module is not output
-            and weight is not None  # weight norm and its like compute it
-            and holders[id(weight)] == 1
+            # Weight norm and its like compute the weight.
+            and all(holders.get(id(module._parameters.get(weight))) == 1 for weight in _weights(module))
             and not (skipped is not None and any(skipped.fullmatch(name) for name in all_names))
         ):
             yield all_names[0], module

@@ -42,6 +42,24 @@ def eager_linear_4bit(layer: Any, x: Any, forward: Any | None = None) -> Any | N
     With the class's `forward`, it is the call of the layer that is asked for, and hooks make it another case.
     """
 
+def matmul_4bit_group(x: Any, pieces: list[tuple[Any, ...]], quant_type: str, blocksize: int) -> bool: ...
+def matmul_4bit_experts(
+    x: Any,
+    offsets: Any,
+    packed: Any,
+    absmax: Any,
+    out: Any,
+    quant_type: str,
+    blocksize: int,
+    bias: Any | None = None,
+    nested_absmax: Any | None = None,
+    nested_code: Any | None = None,
+    nested_offset: Any | None = None,
+    nested_blocksize: int = 256,
+) -> None: ...
+def route_experts(index: Any, offsets: Any, order: Any, inverse: Any) -> None: ...
+def clear_expert_rows(offsets: Any, out: Any) -> None: ...
+def capture_of(device: int, stream: int) -> int: ...
 def quantize_blockwise(
     a: Any, code: Any, codes: Any, absmax: Any, blocksize: int, offset: Any | None = None, grid: bool = False
 ) -> None: ...

@@ -61,6 +61,8 @@ class Linear4bit(torch.nn.Linear):
     weight: Params4bit
     quant_state: QuantState | None
     compute_dtype: torch.dtype | None
+    # Its place among the layers that fuse_linears has found to share its input.
+    _siblings: Any = None
 
     def __init__(
         self,
@@ -169,6 +171,11 @@ class Linear4bit(torch.nn.Linear):
         ArgumentError
             If the weight is not quantized yet.
         """
+        siblings = self._siblings
+        if siblings is not None and not _compiling():
+            fused: Tensor | None = siblings.output(self, x)
+            if fused is not None:
+                return fused
         if not _compiling():
             result = _eager(self, x)
             if result is not None:

@@ -100,6 +100,29 @@ fn matmul_four_bit() {
 }
 
 #[test]
+fn matmul_experts() {
+    let (x, packed, absmax) = ([0f32; 4 * 8], [0; 2 * 3 * 8 / 2], [1.0; 1]);
+    let run = |x: &[f32], offsets: &[i32], packed: &[u8], bias: Option<&[f32]>, out: &mut [f32]| {
+        let shape = (4, 2, 3, 8);
+        four_bit::matmul_experts_into(x, offsets, shape, packed, Absmax::Plain(&absmax), Kind::Nf4, 64, bias, out)
+    };
+    let mut out = [0f32; 12];
+    run(&x, &[0, 1, 4], &packed, Some(&[0.0; 6]), &mut out).unwrap();
+    for (result, argument) in [
+        (run(&x[1..], &[0, 1, 4], &packed, None, &mut out), "x"),
+        (run(&x, &[0, 1], &packed, None, &mut out), "offsets"),
+        (run(&x, &[0, 2, 1], &packed, None, &mut out), "offsets"),
+        (run(&x, &[-1, 2, 4], &packed, None, &mut out), "offsets"),
+        (run(&x, &[0, 2, 5], &packed, None, &mut out), "offsets"),
+        (run(&x, &[0, 1, 4], &packed[1..], None, &mut out), "packed"),
+        (run(&x, &[0, 1, 4], &packed, Some(&[0.0; 5]), &mut out), "bias"),
+        (run(&x, &[0, 1, 4], &packed, None, &mut out[1..]), "out"),
+    ] {
+        assert_eq!(blamed(result).1, argument);
+    }
+}
+
+#[test]
 fn eight_bit_both_ways() {
     let a = [1f32; 100];
     let mut falling = *dynamic_map(true);

@@ -160,6 +160,71 @@ fn matmul<T: Element + Bits>() {
 }
 
 #[test]
+fn experts_are_products_with_parts_of_the_stack() {
+    all_dtypes!(experts);
+}
+
+fn experts<T: Element + Bits>() {
+    let mut noise = Noise::new(14);
+    // Rows of x before the first expert and of each; experts with none; (N, K) whose experts begin within bytes and blocks too.
+    for (counts, (n, k)) in [
+        (&[2, 3, 0, 1][..], (5, 64)),
+        (&[0, 1, 0, 0, 20], (7, 33)),
+        (&[1, 9, 300], (3, 128)),
+        (&[4], (2, 8)),
+        (&[0, 2], (3, 0)),
+    ] {
+        let mut offsets = vec![counts[0]];
+        offsets.extend(counts[1..].iter().scan(counts[0], |end, count| {
+            *end += count;
+            Some(*end)
+        }));
+        let (e, s) = (counts.len() - 1, offsets[counts.len() - 1] as usize + 2);
+        for double_quant in [false, true] {
+            let spec = Spec { kind: Kind::Nf4, block: 64, double_quant };
+            let q = four_bit::quantize(&noise.normal::<f32>(e * n * k), spec).unwrap();
+            let (x, bias) = (noise.normal::<T>(s * k), noise.normal::<T>(e * n));
+            let mut weights = vec![0f32; e * n * k];
+            four_bit::dequantize_into(&q.packed, q.absmax.view(), spec.kind, spec.block, &mut weights).unwrap();
+            for level in available_levels() {
+                for bias in [None, Some(&bias[..])] {
+                    let mut out = vec![T::from_f32(f32::NAN); s * n];
+                    let absmax = q.absmax.view();
+                    let shape = (s, e, n, k);
+                    four_bit::cpu::matmul_experts(
+                        level, &x, &offsets, shape, &q.packed, absmax, spec.kind, spec.block, bias, &mut out,
+                    )
+                    .unwrap();
+                    for row in 0..s {
+                        let expert = offsets.windows(2).position(|ends| (ends[0]..ends[1]).contains(&(row as i32)));
+                        for column in 0..n {
+                            let got = f64::from(out[row * n + column].to_f32());
+                            let Some(expert) = expert else {
+                                assert!(got == 0.0, "row {row} is nobody's");
+                                continue;
+                            };
+                            let of = expert * n + column;
+                            let mut want = bias.map_or(0.0, |bias| f64::from(bias[of].to_f32()));
+                            let mut reach = want.abs();
+                            for i in 0..k {
+                                let product = f64::from(x[row * k + i].to_f32()) * f64::from(weights[of * k + i]);
+                                want += product;
+                                reach += product.abs();
+                            }
+                            let bound = reach * 1e-5 + want.abs() / 128.0;
+                            assert!(
+                                (got - want).abs() <= bound,
+                                "{level:?} {counts:?} [{row}, {column}]: {got}, {want}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn eight_bit_is_the_reference() {
     all_dtypes!(eight_bit);
 }

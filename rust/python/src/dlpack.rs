@@ -329,6 +329,20 @@ impl TensorRef {
         }
     }
 
+    /// Whether a signed integer has 64 bits, and not 32; an error for all others.
+    pub(crate) fn wide_integer(&self) -> Result<bool, Error> {
+        let DlDataType { code, bits, lanes } = self.tensor.dtype;
+        match (code, bits, lanes) {
+            (0, 32, 1) => Ok(false),
+            (0, 64, 1) => Ok(true),
+            _ => Err(self.wrong_dtype("int32 or int64")),
+        }
+    }
+
+    pub(crate) fn expect_i32(&self) -> Result<(), Error> {
+        if self.wide_integer() == Ok(false) { Ok(()) } else { Err(self.wrong_dtype("int32")) }
+    }
+
     /// Elements in C order without gaps, at an address that its type allows.
     pub(crate) fn expect_contiguous(&self) -> Result<(), Error> {
         let shape = self.shape();

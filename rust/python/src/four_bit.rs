@@ -52,7 +52,7 @@ pub(crate) struct Scales {
 }
 
 impl Scales {
-    fn new(
+    pub(crate) fn new(
         absmax: &Bound<'_, PyAny>,
         nested_absmax: Option<&Bound<'_, PyAny>>,
         nested_code: Option<&Bound<'_, PyAny>>,
@@ -79,7 +79,7 @@ impl Scales {
     }
 
     /// All that can be checked without looking into the tensors.
-    fn check(&self, place: Place, blocks: usize) -> Result<(), Error> {
+    pub(crate) fn check(&self, place: Place, blocks: usize) -> Result<(), Error> {
         check_together(place, &[&self.absmax])?;
         let Some((absmax, code, offset, block)) = &self.nested else {
             self.absmax.expect_dtype(Dtype::F32)?;
@@ -105,7 +105,7 @@ impl Scales {
 
     /// # Safety
     /// After [`Scales::check`] with [`Place::Cpu`], and while nobody writes to the tensors.
-    unsafe fn host(&self) -> Absmax<'_> {
+    pub(crate) unsafe fn host(&self) -> Absmax<'_> {
         // SAFETY: types, sizes and place are checked; the caller vouches for the rest.
         unsafe {
             match &self.nested {
@@ -122,7 +122,7 @@ impl Scales {
     }
 
     #[cfg(feature = "cuda")]
-    fn device(&self) -> halfbyte::device::cuda::Absmax {
+    pub(crate) fn device(&self) -> halfbyte::device::cuda::Absmax {
         use halfbyte::device::cuda::Absmax;
         match &self.nested {
             None => Absmax::Plain(self.absmax.address() as u64),
@@ -137,7 +137,7 @@ impl Scales {
     }
 }
 
-fn expect_packed(packed: &TensorRef, weights: usize) -> Result<(), Error> {
+pub(crate) fn expect_packed(packed: &TensorRef, weights: usize) -> Result<(), Error> {
     if packed.byte_len() >= packed_len(weights) {
         return Ok(());
     }
@@ -346,7 +346,7 @@ pub(crate) fn matmul(
 }
 
 /// (M, N, K) of `x` [..., K] and `out` [..., N].
-fn product_shape(x: &TensorRef, out: &TensorRef) -> Result<(usize, usize, usize), Error> {
+pub(crate) fn product_shape(x: &TensorRef, out: &TensorRef) -> Result<(usize, usize, usize), Error> {
     let (Some((&k, rows)), Some((&n, out_rows))) = (x.shape().split_last(), out.shape().split_last()) else {
         return Err(shape_error("x", "at least one dimension for x and out".into(), x));
     };

@@ -5,6 +5,7 @@ mod eager;
 mod eight_bit;
 mod errors;
 mod four_bit;
+mod groups;
 mod info;
 mod openmp;
 
@@ -18,6 +19,8 @@ mod _native {
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
     #[pymodule_export]
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
+    #[pymodule_export]
+    use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
 }

@@ -3,13 +3,14 @@
 //! Here work is divided among threads and handed to the code of the level: [`super::cpu_avx2`], [`super::cpu_avx512`], and
 //! [`super::cpu_matmul`] with the vectors of either or with portable ones.
 
+use std::ops::Range;
 use std::slice;
 
 use super::cpu_lanes::Portable;
 use super::cpu_matmul::{self as product, Part, TOGETHER, Weight};
 use super::cpu_scales::Scales;
 use super::reference::code_at;
-use super::{check_dequantize, check_matmul, check_quantize, reference};
+use super::{check_dequantize, check_experts, check_matmul, check_quantize, reference};
 #[cfg(target_arch = "x86_64")]
 use super::{cpu_avx2, cpu_avx512};
 use crate::codebook::Kind;
@@ -125,15 +126,56 @@ pub fn matmul<T: Element>(
 ) -> Result<()> {
     level.check()?;
     check_matmul((m, n, k), x.len(), packed.len(), &absmax, block, bias.map(<[T]>::len), out.len())?;
-    if m == 0 || n == 0 {
-        return Ok(());
+    rows(level, x, &Weight { packed, scales: Scales(absmax), kind, block, k }, 0..n, bias, out);
+    Ok(())
+}
+
+/// [`super::matmul_experts_into`] at a level.
+pub fn matmul_experts<T: Element>(
+    level: Level,
+    x: &[T],
+    offsets: &[i32],
+    (s, e, n, k): (usize, usize, usize, usize),
+    packed: &[u8],
+    absmax: Absmax,
+    kind: Kind,
+    block: usize,
+    bias: Option<&[T]>,
+    out: &mut [T],
+) -> Result<()> {
+    level.check()?;
+    check_experts((s, e, n, k), x.len(), offsets, packed.len(), &absmax, block, bias.map(<[T]>::len), out.len())?;
+    let weight = Weight { packed, scales: Scales(absmax), kind, block, k };
+    let (first, last) = (offsets[0] as usize, offsets[e] as usize);
+    out[..first * n].fill(T::default());
+    out[last * n..].fill(T::default());
+    for (expert, ends) in offsets.windows(2).enumerate() {
+        let (begin, end) = (ends[0] as usize, ends[1] as usize);
+        // The stack is one matrix of E · N rows, and an expert N of them.
+        let its_rows = expert * n..(expert + 1) * n;
+        rows(level, &x[begin * k..end * k], &weight, its_rows, bias, &mut out[begin * n..end * n]);
+    }
+    Ok(())
+}
+
+/// `x` times some rows of `weight`; `bias` has one number for each row of the whole weight. Everything has been checked.
+fn rows<T: Element>(
+    level: Level,
+    x: &[T],
+    weight: &Weight,
+    of_weight: Range<usize>,
+    bias: Option<&[T]>,
+    out: &mut [T],
+) {
+    let (n, k) = (of_weight.len(), weight.k);
+    if out.is_empty() {
+        return;
     }
     if k == 0 {
-        let row = bias.map_or_else(|| vec![T::default(); n], <[T]>::to_vec);
+        let row = bias.map_or_else(|| vec![T::default(); n], |bias| bias[of_weight].to_vec());
         out.chunks_exact_mut(n).for_each(|out| out.copy_from_slice(&row));
-        return Ok(());
+        return;
     }
-    let weight = Weight { packed, scales: Scales(absmax), kind, block, k };
     for (x, out) in x.chunks(TOGETHER * k).zip(out.chunks_mut(TOGETHER * n)) {
         let rows = x.len() / k;
         let few = product::few_can(rows, k);
@@ -141,30 +183,29 @@ pub fn matmul<T: Element>(
         // A row of the weight is work for all rows of `x`; decoding it is about as much as multiplying it eight times.
         let columns = share(n, GRAIN / (k * rows.div_ceil(8)).max(1));
         let mut parts: Vec<_> =
-            (0..n).step_by(columns).map(|first| Part { first, rows: Vec::with_capacity(rows) }).collect();
+            (of_weight.clone()).step_by(columns).map(|first| Part { first, rows: Vec::with_capacity(rows) }).collect();
         for row in out.chunks_exact_mut(n) {
             parts.iter_mut().zip(row.chunks_mut(columns)).for_each(|(part, row)| part.rows.push(row));
         }
         for_each_task(parts, |part| match (level, few) {
             // SAFETY: the level has been checked, here and below.
             #[cfg(target_arch = "x86_64")]
-            (Level::Avx512, true) => unsafe { cpu_avx512::few(&x, &weight, bias, part) },
+            (Level::Avx512, true) => unsafe { cpu_avx512::few(&x, weight, bias, part) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Level::Avx512, false) => unsafe { cpu_avx512::many(&x, &weight, bias, part) },
+            (Level::Avx512, false) => unsafe { cpu_avx512::many(&x, weight, bias, part) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Level::Avx2, true) => unsafe { cpu_avx2::few(&x, &weight, bias, part) },
+            (Level::Avx2, true) => unsafe { cpu_avx2::few(&x, weight, bias, part) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Level::Avx2, false) => unsafe { cpu_avx2::many(&x, &weight, bias, part) },
+            (Level::Avx2, false) => unsafe { cpu_avx2::many(&x, weight, bias, part) },
             // SAFETY: portable code needs no instructions.
-            (_, true) => unsafe { product::few::<Portable, T>(&x, &weight, bias, part) },
+            (_, true) => unsafe { product::few::<Portable, T>(&x, weight, bias, part) },
             // SAFETY: as above.
-            (_, false) => unsafe { product::many::<Portable, T, 2>(&x, &weight, bias, part) },
+            (_, false) => unsafe { product::many::<Portable, T, 2>(&x, weight, bias, part) },
         });
     }
-    Ok(())
 }
 
 /// `x` in fp32.

@@ -154,6 +154,25 @@ pub fn matmul_into<T: Element>(
     cpu::matmul(device::cpu::level(), x, shape, packed, absmax, kind, block, bias, out)
 }
 
+/// `out[s, n] = Σ_k x[s, k] · w[e, n, k] + bias[e, n]` for the rows `s` of each expert `e`, which are `offsets[e]` up to
+/// `offsets[e + 1]`; zeros for the rows of `x` before the first expert's and after the last one's.
+///
+/// `shape` is (S, E, N, K); `w` are E matrices quantized as one tensor of `e · n · k` weights. Only those of experts that have
+/// rows are read.
+pub fn matmul_experts_into<T: Element>(
+    x: &[T],
+    offsets: &[i32],
+    shape: (usize, usize, usize, usize),
+    packed: &[u8],
+    absmax: Absmax,
+    kind: Kind,
+    block: usize,
+    bias: Option<&[T]>,
+    out: &mut [T],
+) -> Result<()> {
+    cpu::matmul_experts(device::cpu::level(), x, offsets, shape, packed, absmax, kind, block, bias, out)
+}
+
 /// The checks of [`quantize_into`].
 fn check_quantize(n: usize, block: usize, packed: usize, absmax: usize) -> Result<()> {
     check_four_bit_block(block)?;
@@ -190,22 +209,44 @@ fn check_matmul(
     bias: Option<usize>,
     out: usize,
 ) -> Result<()> {
-    let sized = |argument, rows: usize, columns: usize| {
-        let too_large = || Error::shape(argument, "fewer than 2^64 elements", format!("[{rows}, {columns}]"));
-        rows.checked_mul(columns).ok_or_else(too_large)
-    };
-    let exactly = |argument, rows: usize, columns: usize, got: usize| {
-        let expected = sized(argument, rows, columns)?;
-        if got == expected {
-            return Ok(());
-        }
-        Err(Error::shape(argument, format!("[{rows}, {columns}] = [{expected}]"), format!("[{got}]")))
-    };
-    exactly("x", m, k, x)?;
-    exactly("out", m, n, out)?;
-    check_dequantize(sized("packed", n, k)?, block, packed, absmax)?;
-    match bias {
-        Some(bias) if bias != n => Err(Error::shape("bias", format!("[{n}]"), format!("[{bias}]"))),
-        _ => Ok(()),
+    check_size("x", &[m, k], x)?;
+    check_size("out", &[m, n], out)?;
+    check_dequantize(size("packed", &[n, k])?, block, packed, absmax)?;
+    bias.map_or(Ok(()), |bias| check_size("bias", &[n], bias))
+}
+
+/// The checks of [`matmul_experts_into`].
+fn check_experts(
+    (s, e, n, k): (usize, usize, usize, usize),
+    x: usize,
+    offsets: &[i32],
+    packed: usize,
+    absmax: &Absmax,
+    block: usize,
+    bias: Option<usize>,
+    out: usize,
+) -> Result<()> {
+    check_size("x", &[s, k], x)?;
+    check_size("out", &[s, n], out)?;
+    check_size("offsets", &[e.saturating_add(1)], offsets.len())?;
+    check_dequantize(size("packed", &[e, n, k])?, block, packed, absmax)?;
+    if offsets[0] < 0 || offsets[e] as usize > s || !offsets.is_sorted() {
+        let got = format!("{} numbers from {} to {}", offsets.len(), offsets[0], offsets[e]);
+        return Err(Error::value("offsets", format!("numbers from 0 to {s} that do not fall"), got));
     }
+    bias.map_or(Ok(()), |bias| check_size("bias", &[e, n], bias))
+}
+
+/// Elements of a tensor.
+fn size(argument: &'static str, shape: &[usize]) -> Result<usize> {
+    let too_large = || Error::shape(argument, "fewer than 2^64 elements", format!("{shape:?}"));
+    shape.iter().try_fold(1usize, |size, &n| size.checked_mul(n)).ok_or_else(too_large)
+}
+
+fn check_size(argument: &'static str, shape: &[usize], got: usize) -> Result<()> {
+    let expected = size(argument, shape)?;
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::shape(argument, format!("{shape:?} = [{expected}]"), format!("[{got}]")))
 }

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{result, sys};
 
+use super::Stream;
 use super::error::Named;
 use crate::error::{Error, Result};
 
@@ -87,6 +88,27 @@ pub fn device(ordinal: i32) -> Result<&'static Device> {
     };
     let opened = Device::open(ordinal)?;
     Ok(slot.get_or_init(|| opened))
+}
+
+/// The number of the capture that a stream is in; 0 for none. No two captures of a process have the same.
+pub fn capture_of(stream: &Stream) -> Result<u64> {
+    let _entered = device(stream.device)?.enter()?;
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let mut id = 0;
+    // SAFETY: a query, which every driver has in this form; the pointers it may write through are given or null.
+    unsafe {
+        sys::cuStreamGetCaptureInfo_v2(
+            stream.handle.cast(),
+            &raw mut status,
+            &raw mut id,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+        )
+    }
+    .result()
+    .named("cuStreamGetCaptureInfo")?;
+    Ok(if status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE { 0 } else { id })
 }
 
 impl Device {

@@ -6,7 +6,7 @@ mod context;
 mod error;
 mod kernel;
 
-pub use context::{Device, device, device_count, driver_version};
+pub use context::{Device, capture_of, device, device_count, driver_version};
 pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
 
 use std::ffi::c_void;

@@ -1,13 +1,14 @@
 //! The product, and which kernel makes it.
 
 use crate::codebook::Kind;
-use crate::device::cuda::{Absmax, Arguments, Kernel, Launch, Pointer, Stream, THREADS, device, dtype_index};
+use crate::device::cuda::{Absmax, Arguments, Device, Kernel, Launch, Pointer, Stream, THREADS, device, dtype_index};
 use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::layout::check_four_bit_block;
 
+use super::group::GroupPiece;
 use super::matmul_small::{MATMUL_MMA, MmaPlan, mma_values};
-use super::matmul_stream::{self, Piece};
+use super::matmul_stream;
 use super::{aligned, kind_number};
 
 /// Most rows of activations that [`matmul`] takes.
@@ -28,6 +29,16 @@ pub fn fused(ordinal: i32, _dtype: Dtype, (m, n, k): (usize, usize, usize), bloc
     check_four_bit_block(block)?;
     device(ordinal)?;
     Ok(m <= MOST_ROWS && i32::try_from(n.max(k)).is_ok())
+}
+
+/// Whether the tensor-core kernels take activations of this type and K, and tensors that lie at these addresses.
+pub(super) fn tensor_cores(gpu: &Device, dtype: Dtype, k: usize, block: usize, tensors: &[Pointer]) -> bool {
+    dtype != Dtype::F32
+        && gpu.capability >= 80
+        && k > 0
+        && k.is_multiple_of(MMA_STEP)
+        && block >= MMA_STEP
+        && tensors.iter().all(|tensor| tensor.is_multiple_of(16))
 }
 
 /// `out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]` straight from the packed weights, for what [`fused`] is true of.
@@ -78,14 +89,9 @@ pub unsafe fn matmul(
         .u32(n as u32)
         .u32(k as u32)
         .u32(block.trailing_zeros());
-    let tensor_cores = dtype != Dtype::F32
-        && gpu.capability >= 80
-        && k > 0
-        && k.is_multiple_of(MMA_STEP)
-        && block >= MMA_STEP
-        && aligned(&[(x, 16), (packed, 16)]);
+    let tensor_cores = tensor_cores(gpu, dtype, k, block, &[x, packed]);
     if tensor_cores && matmul_stream::fits(gpu, dtype, m) {
-        let piece = Piece { packed, absmax, bias, out, n };
+        let piece = GroupPiece { n, packed, absmax, bias, out };
         // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
         return unsafe { matmul_stream::launch(stream, gpu, dtype, x, (m, k), &[piece], kind, block) };
     }

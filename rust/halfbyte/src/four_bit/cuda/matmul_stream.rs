@@ -1,31 +1,20 @@
 //! Up to eight rows on compute capability 9.0 and later: the kernel of cuda/src/four_bit_stream.cu.
 
 use crate::codebook::Kind;
-use crate::device::cuda::{Absmax, Arguments, Device, Kernel, Launch, Pointer, Stream, dtype_index};
+use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, dtype_index};
 use crate::element::Dtype;
 use crate::error::Result;
 
+use super::group::{GroupPiece, MATMUL_GROUP_MOST as MOST_PIECES};
 use super::matmul_small::mma_values;
 
 /// Most rows of activations.
 pub(super) const MOST_ROWS: usize = 8;
-/// Most weights of a launch.
-pub(super) const MOST_PIECES: usize = 8;
 
 pub(super) static STREAM: [Kernel; 2] = [
     Kernel::new("four_bit_stream_bf16", "matmul_4bit_stream"),
     Kernel::new("four_bit_stream_f16", "matmul_4bit_stream"),
 ];
-
-/// A weight of a launch: [n, K], its scales, and where its product goes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Piece {
-    pub(super) packed: Pointer,
-    pub(super) absmax: Absmax,
-    pub(super) bias: Option<Pointer>,
-    pub(super) out: Pointer,
-    pub(super) n: usize,
-}
 
 /// Whether the device runs this kernel: it needs nearly all of an H200's shared memory.
 pub(super) fn fits(gpu: &Device, dtype: Dtype, m: usize) -> bool {
@@ -43,7 +32,7 @@ pub(super) unsafe fn launch(
     dtype: Dtype,
     x: Pointer,
     (m, k): (usize, usize),
-    pieces: &[Piece],
+    pieces: &[GroupPiece],
     kind: Kind,
     block: usize,
 ) -> Result<()> {

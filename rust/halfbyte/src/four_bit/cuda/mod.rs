@@ -1,11 +1,15 @@
 //! 4-bit operations on CUDA: raw device pointers and a raw stream in, work enqueued, nothing waited for.
 
 mod elementwise;
+mod experts;
+mod group;
 mod matmul;
 mod matmul_small;
 mod matmul_stream;
 
 pub use elementwise::{dequantize, quantize};
+pub use experts::{clear_rows, matmul_experts, route_experts};
+pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
 pub use matmul::{fused, matmul};
 
 use crate::codebook::Kind;
@@ -48,5 +52,5 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
 #[doc(hidden)]
 pub fn kernels() -> Vec<&'static Kernel> {
     let mma = MATMUL_MMA.iter().flatten().flatten();
-    QUANTIZE.iter().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).chain(&STREAM).collect()
+    QUANTIZE.iter().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).chain(&STREAM).chain(experts::kernels()).collect()
 }
