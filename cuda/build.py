@@ -52,11 +52,14 @@ class Family:
 
 FAMILIES = [
     Family("four_bit", "four_bit.cu", ("75", "80")),
+    Family("four_bit_search", "four_bit_search.cu", ("75", "80")),
     Family("four_bit_simt", "four_bit_simt.cu", ("75", "80")),
     Family("eight_bit", "eight_bit.cu", ("75", "80")),
 ]
 FAMILIES += [
-    Family(f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", ("80", "90"), {"ELEMENT": element, "TOKENS": str(tokens)})
+    Family(
+        f"four_bit_mma_{name}_m{tokens}", "four_bit_mma.cu", ("80", "90"), {"ELEMENT": element, "TOKENS": str(tokens)}
+    )
     for name, element in (("bf16", "Bf16"), ("f16", "F16"))
     for tokens in (8, 16)
 ]

@@ -68,6 +68,7 @@ struct EncodeTable {
         for (u32 i = threadIdx.x; i < SIZE; i += blockDim.x) {
             u32 at = i / COPIES, rank = 0;
             float here = 2.f;  // above everything: no point in this bucket
+#pragma unroll 1
             for (u32 p = 0; p < 15; ++p) {
                 float t = point(kind, p);
                 // FP4's step between its zeros, at 0, is the border between buckets 15 and 16.

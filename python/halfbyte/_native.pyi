@@ -10,6 +10,18 @@ MATMUL_4BIT_MAX_M: int
 """Most rows of ``x`` that :func:`matmul_4bit` takes on CUDA."""
 
 def quantize_4bit(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
+def quantize_4bit_search(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
+def encode_4bit(
+    a: Any,
+    packed: Any,
+    absmax: Any,
+    quant_type: str,
+    blocksize: int,
+    nested_absmax: Any | None = None,
+    nested_code: Any | None = None,
+    nested_offset: Any | None = None,
+    nested_blocksize: int = 256,
+) -> None: ...
 def dequantize_4bit(
     packed: Any,
     absmax: Any,

@@ -39,6 +39,9 @@ class Linear4bit(torch.nn.Linear):
         Where the float weight is made. Not a move: it is not quantized there yet.
     blocksize
         Elements that share a scale.
+    scale_search
+        Pick scales by least squared error when the weight is quantized; see
+        :func:`~halfbyte.functional.quantize_4bit`.
 
     Notes
     -----
@@ -68,6 +71,8 @@ class Linear4bit(torch.nn.Linear):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
         self.weight = Params4bit(
@@ -78,6 +83,7 @@ class Linear4bit(torch.nn.Linear):
             quant_type=quant_type,
             quant_storage=quant_storage,
             module=self,
+            scale_search=scale_search,
         )
         self.compute_dtype = compute_dtype
         self.compute_type_is_set = compute_dtype is not None
@@ -281,6 +287,8 @@ class LinearFP4(Linear4bit):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__(
             input_features,
@@ -292,6 +300,7 @@ class LinearFP4(Linear4bit):
             quant_storage,
             device,
             blocksize,
+            scale_search=scale_search,
         )
 
 
@@ -308,6 +317,8 @@ class LinearNF4(Linear4bit):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__(
             input_features,
@@ -319,6 +330,7 @@ class LinearNF4(Linear4bit):
             quant_storage,
             device,
             blocksize,
+            scale_search=scale_search,
         )
 
 

@@ -10,7 +10,7 @@ use crate::dlpack::{Place, TensorRef};
 use crate::errors::raise;
 use crate::{check_together, detached, expect_len, shape_error};
 
-fn parse_kind(name: &str) -> Result<Kind, Error> {
+pub(crate) fn parse_kind(name: &str) -> Result<Kind, Error> {
     Kind::from_name(name).ok_or_else(|| Error::Value {
         argument: "quant_type",
         expected: "'nf4' or 'fp4'".into(),
@@ -46,13 +46,13 @@ macro_rules! with_type {
 pub(crate) use with_type;
 
 /// The scales of a quantized tensor, plain or nested.
-struct Scales {
+pub(crate) struct Scales {
     absmax: TensorRef,
     nested: Option<(TensorRef, TensorRef, TensorRef, usize)>,
 }
 
 impl Scales {
-    fn new(
+    pub(crate) fn new(
         absmax: &Bound<'_, PyAny>,
         nested_absmax: Option<&Bound<'_, PyAny>>,
         nested_code: Option<&Bound<'_, PyAny>>,
@@ -79,7 +79,7 @@ impl Scales {
     }
 
     /// All that can be checked without looking into the tensors.
-    fn check(&self, place: Place, blocks: usize) -> Result<(), Error> {
+    pub(crate) fn check(&self, place: Place, blocks: usize) -> Result<(), Error> {
         check_together(place, &[&self.absmax])?;
         let Some((absmax, code, offset, block)) = &self.nested else {
             self.absmax.expect_dtype(Dtype::F32)?;
@@ -105,7 +105,7 @@ impl Scales {
 
     /// # Safety
     /// After [`Scales::check`] with [`Place::Cpu`], and while nobody writes to the tensors.
-    unsafe fn host(&self) -> Absmax<'_> {
+    pub(crate) unsafe fn host(&self) -> Absmax<'_> {
         // SAFETY: types, sizes and place are checked; the caller vouches for the rest.
         unsafe {
             match &self.nested {
@@ -122,7 +122,7 @@ impl Scales {
     }
 
     #[cfg(feature = "cuda")]
-    fn device(&self) -> halfbyte::device::cuda::Absmax {
+    pub(crate) fn device(&self) -> halfbyte::device::cuda::Absmax {
         use halfbyte::device::cuda::Absmax;
         match &self.nested {
             None => Absmax::Plain(self.absmax.address() as u64),
@@ -137,7 +137,7 @@ impl Scales {
     }
 }
 
-fn expect_packed(packed: &TensorRef, weights: usize) -> Result<(), Error> {
+pub(crate) fn expect_packed(packed: &TensorRef, weights: usize) -> Result<(), Error> {
     if packed.byte_len() >= packed_len(weights) {
         return Ok(());
     }

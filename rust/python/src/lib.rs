@@ -6,6 +6,7 @@ mod errors;
 mod four_bit;
 mod info;
 mod openmp;
+mod search;
 
 use pyo3::prelude::*;
 
@@ -17,6 +18,8 @@ mod _native {
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+    #[pymodule_export]
+    use super::search::{encode_4bit, quantize_4bit_search};
 
     #[cfg(feature = "cuda")]
     #[pymodule_export]

@@ -3,9 +3,11 @@
 mod elementwise;
 mod matmul;
 mod matmul_small;
+mod search;
 
 pub use elementwise::{dequantize, quantize};
 pub use matmul::{MATMUL_MAX_ROWS, matmul};
+pub use search::{encode, quantize_search};
 
 use crate::codebook::Kind;
 use crate::device::cuda::{Kernel, Pointer, device, dtype_index};
@@ -14,6 +16,7 @@ use crate::error::Result;
 use elementwise::{DEQUANTIZE, QUANTIZE};
 use matmul::MATMUL_SIMT;
 use matmul_small::MATMUL_MMA;
+use search::{ENCODE, SEARCH};
 
 /// NF4 is 0 and FP4 is 1 on the device.
 const fn kind_number(kind: Kind) -> u32 {
@@ -43,5 +46,6 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
 #[doc(hidden)]
 pub fn kernels() -> Vec<&'static Kernel> {
     let mma = MATMUL_MMA.iter().flatten().flatten();
-    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).collect()
+    let search = SEARCH.iter().chain(&ENCODE);
+    QUANTIZE.iter().flatten().chain(&DEQUANTIZE).chain(search).chain(&MATMUL_SIMT).chain(mma).collect()
 }
