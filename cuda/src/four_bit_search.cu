@@ -44,7 +44,7 @@ DEVICE float2 load_pair(u32 address) {
 // Ratio k of 16, in hundredths; `hundredths` of search.rs.
 __constant__ u8 FIRST_RATIO[8] = {84, 82, 82, 78, 74, 68, 62, 56};
 DEVICE float ratio_of(u32 kind, u32 log2_block, u32 k) {
-    u32 r = kind == NF4 && log2_block <= 6 ? (k < 13 ? 86 + 2 * k : k == 13 ? 130 : k == 14 ? 134 : 140) : FIRST_RATIO[log2_block - 5] + 2 * k;
+    const u32 r = (kind == NF4 && log2_block <= 6 ? 76 : FIRST_RATIO[log2_block - 5]) + 2 * k;
     return __fdiv_rn(float(r), 100.f);
 }
 
