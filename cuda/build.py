@@ -52,6 +52,7 @@ class Family:
 
 FAMILIES = [
     Family("four_bit", "four_bit.cu", ("75", "80")),
+    Family("four_bit_search", "four_bit_search.cu", ("75", "80")),
     Family("four_bit_simt", "four_bit_simt.cu", ("75", "80")),
     Family("eight_bit", "eight_bit.cu", ("75", "80")),
 ]

@@ -25,11 +25,14 @@ def main() -> None:
             for kind in ("nf4", "fp4"):
                 _native.quantize_4bit(a, packed, absmax, kind, block)
                 _native.dequantize_4bit(packed, absmax, out, kind, block)
+                _native.quantize_4bit_search(a, packed, absmax, kind, block)
+                _native.encode_4bit(a, packed, absmax, kind, block)
             offset = absmax.mean()
             codes = torch.empty(blocks, dtype=torch.uint8, device="cuda")
             nested = torch.empty(-(-blocks // 256), device="cuda")
             _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
             stats = {"nested_absmax": nested, "nested_code": code, "nested_offset": offset}
+            _native.encode_4bit(a, packed, codes, "nf4", block, **stats)
             _native.dequantize_4bit(packed, codes, out, "nf4", block, **stats)
             bytes_ = torch.empty(n, dtype=torch.uint8, device="cuda")
             _native.quantize_blockwise(a, code, bytes_, absmax, block)

@@ -207,6 +207,26 @@ def test_layers_both_ways(oracle):
         assert_same_entries(entries, theirs, f"HALFBYTE_TEST_SEED={SEED}")
 
 
+def test_searched_scales_are_read_alike(oracle):
+    """Scales by least squared error, of both signs: equal weights, and the same entries when written again."""
+    requests, ours = [], []
+    for index, (kind, blocksize, dtype, nested) in enumerate(
+        (k, b, d, n) for k in KINDS for b in BLOCKS for d in DTYPES for n in (False, True)
+    ):
+        rng = generator(4, index)
+        weights = random_weights(random_shape(blocksize, rng), dtype, rng)
+        packed, state = hb.functional.quantize_4bit(
+            weights, blocksize=blocksize, quant_type=kind, compress_statistics=nested, scale_search=True
+        )
+        requests.append(({"op": "load"}, entries_of(packed, state)))
+        ours.append(hb.functional.dequantize_4bit(packed, state))
+    signs = [bool((e["weight.absmax"] < 0).any()) for _, e in requests if e["weight.absmax"].is_floating_point()]
+    assert sum(signs) > 10
+    for (_, entries), decoded, answer in zip(requests, ours, oracle(requests), strict=True):
+        assert torch.equal(decoded.flatten(), answer["decoded"].flatten()), f"HALFBYTE_TEST_SEED={SEED}"
+        assert_same_entries(entries, answer, f"HALFBYTE_TEST_SEED={SEED}")
+
+
 def test_equal_eight_bit_bytes(oracle):
     """On the grid that bitsandbytes' CPU code uses; both maps, several block sizes, every dtype."""
     requests = []

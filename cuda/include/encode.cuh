@@ -16,7 +16,7 @@ struct EncodeRows {
                 const double low = (int(row) - 17) / 16., high = low + 1 / 16.;
                 point[kind][row] = 2.f;  // above everything: no point in this row
                 for (u32 i = 0; i < 15; ++i) {
-                    const float t = at(kind, i);
+                    const float t = decision(kind, i);
                     if (t < low || (t == 0 && row > 16)) ++rank[kind][row];
                     else if (t < high && t != 0) point[kind][row] = t;
                 }
@@ -24,9 +24,9 @@ struct EncodeRows {
         }
     }
 
-private:
-    static constexpr float at(u32 kind, u32 i) {
-        // Decision points as bitsandbytes' CUDA code has them, so that its bytes come out. They are the midpoints between
+    // Decision point i of 15, rising.
+    static constexpr float decision(u32 kind, u32 i) {
+        // As bitsandbytes' CUDA code has them, so that its bytes come out. They are the midpoints between
         // neighbours to within an ulp or (FP4's sixth) a few; its CPU code takes the fp32 midpoints, and so does ours.
         constexpr float nf4[15] = {-0.8480964004993439f,  -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f,
                                    -0.23460740596055984f, -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f,
@@ -39,6 +39,7 @@ private:
         // that the point moves down by one ulp there.
         return i > 7 ? fp4[i - 8] : -(fp4[6 - i] + ulp(fp4[6 - i]));
     }
+private:
     static constexpr float ulp(float x) {
         float u = 0x1p-24f;
         while (u * 0x1p24f > x) u /= 2;
@@ -75,6 +76,7 @@ struct EncodeTable {
     }
     // FP4's codes of eight ranks: from rank 7 (−0) down and from rank 8 (+0) up the magnitudes 0 1 2 3 4 5 6 7, whose codes are
     // 0 1 6 7 4 5 2 3.
+    DEVICE static u32 codes(u32 kind, u32 ranks) { return kind == NF4 ? ranks : fp4_codes(ranks); }
     DEVICE static u32 fp4_codes(u32 ranks) {
         const u32 negative = ~ranks & 0x88888888u, size = ranks ^ (negative - (negative >> 3));
         return size ^ ((size << 1) & 0x44444444u) ^ 0x88888888u;

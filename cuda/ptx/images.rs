@@ -17,6 +17,20 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("four_bit.compute_80.ptx"), "\0"),
     },
     Image {
+        family: "four_bit_search",
+        capability: 75,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("four_bit_search.compute_75.ptx"), "\0"),
+    },
+    Image {
+        family: "four_bit_search",
+        capability: 80,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("four_bit_search.compute_80.ptx"), "\0"),
+    },
+    Image {
         family: "four_bit_simt",
         capability: 75,
         specific: false,

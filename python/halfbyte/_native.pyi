@@ -7,6 +7,18 @@ checked before anything is written; errors are those of :mod:`halfbyte.errors`.
 from typing import Any
 
 def quantize_4bit(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
+def quantize_4bit_search(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
+def encode_4bit(
+    a: Any,
+    packed: Any,
+    absmax: Any,
+    quant_type: str,
+    blocksize: int,
+    nested_absmax: Any | None = None,
+    nested_code: Any | None = None,
+    nested_offset: Any | None = None,
+    nested_blocksize: int = 256,
+) -> None: ...
 def dequantize_4bit(
     packed: Any,
     absmax: Any,

@@ -7,6 +7,8 @@ All tensors of a call are on one device, CPU or CUDA; CUDA work goes to torch's 
 
 ==========================  ==========================================================================================
 ``quantize_4bit``           float tensor → packed ``[⌈⌈n/2⌉ / itemsize⌉, 1]``, absmax fp32 ``[nblocks]``
+``quantize_4bit_search``    the same with scales by least squared error, which may be negative
+``encode_4bit``             float tensor, its packed codes and statistics → codes chosen again, for those statistics
 ``dequantize_4bit``         packed and statistics → float tensor of `shape`
 ``matmul_4bit``             ``A [..., K]`` × packed ``[N, K]``ᵀ + bias → ``[..., N]``; gradient to `A` and `bias`
 ``matmul_4bit_grad_input``  ``grad [..., N]`` × packed ``[N, K]`` → ``[..., K]``; the backward of the one above
@@ -166,22 +168,87 @@ def run_quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage:
     return packed, absmax
 
 
-def quantize_4bit_into(A: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> None:
+def quantize_4bit_into(
+    A: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, scale_search: bool = False
+) -> None:
     """Quantize into given contiguous tensors. Bytes of `packed` beyond ``⌈n/2⌉`` become 0."""
     n = A.numel()
     if n == 0:
         return
     if A.is_cpu:
         _sync_threads()
-    _native.quantize_4bit(A.contiguous(), packed, absmax, quant_type, blocksize)
+    quantize = _native.quantize_4bit_search if scale_search else _native.quantize_4bit
+    quantize(A.contiguous(), packed, absmax, quant_type, blocksize)
     used = (n + 1) // 2
     if packed.numel() * packed.itemsize > used:
         packed.view(-1).view(torch.uint8)[used:].zero_()
 
 
-# ---- dequantize_4bit
+# ---- quantize_4bit_search, encode_4bit
 
 _NESTED = "Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, int nested_blocksize=256"
+
+_define(
+    "quantize_4bit_search(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+)
+_define(
+    f"encode_4bit(Tensor A, Tensor B, Tensor absmax, int blocksize, str quant_type, {_NESTED}) -> Tensor",
+)
+
+
+def run_quantize_4bit_search(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Quantize a float tensor with scales by least squared error; see the module's table."""
+    packed, absmax = empty_4bit(A, blocksize, quant_type, quant_storage)
+    quantize_4bit_into(A, packed, absmax, quant_type, blocksize, scale_search=True)
+    return packed, absmax
+
+
+def run_encode_4bit(
+    A: Tensor,
+    B: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = NESTED_BLOCKSIZE,
+) -> Tensor:
+    """Choose codes again; see the module's table. Those of blocks whose scale is 0 or not finite stay as in `B`."""
+    check_dtype("A", A.dtype)
+    check_blocksize(blocksize)
+    check_quant_type(quant_type)
+    check_packed("B", B, A.shape)
+    packed = B.clone(memory_format=torch.contiguous_format)
+    encode_4bit_into(
+        A, packed, absmax, quant_type, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize
+    )
+    return packed
+
+
+def encode_4bit_into(
+    A: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    quant_type: str,
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = NESTED_BLOCKSIZE,
+) -> None:
+    """Choose codes in a given contiguous tensor again. Those of blocks whose scale is 0 or not finite stay."""
+    if A.numel() == 0:
+        return
+    if A.is_cpu:
+        _sync_threads()
+    nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _native.encode_4bit(A.contiguous(), packed, absmax, quant_type, blocksize, *nested)
+
+
+# ---- dequantize_4bit
 
 _define(
     "dequantize_4bit(Tensor B, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype, "
@@ -420,6 +487,8 @@ def dequantize_blockwise_into(
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize_4bit": run_quantize_4bit,
+    "quantize_4bit_search": run_quantize_4bit_search,
+    "encode_4bit": run_encode_4bit,
     "dequantize_4bit": run_dequantize_4bit,
     "matmul_4bit": run_matmul_4bit,
     "matmul_4bit_grad_input": run_matmul_4bit_grad_input,
@@ -440,6 +509,18 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_fake("quantize_4bit")
 def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
     return empty_4bit(A, blocksize, quant_type, quant_storage)
+
+
+_fake("quantize_4bit_search")(empty_4bit)
+
+
+@_fake("encode_4bit")
+def _(A: Tensor, B: Tensor, absmax: Tensor, blocksize: int, quant_type: str, *nested: Any) -> Tensor:
+    check_dtype("A", A.dtype)
+    check_blocksize(blocksize)
+    check_quant_type(quant_type)
+    check_packed("B", B, A.shape)
+    return torch.empty_like(B, memory_format=torch.contiguous_format)
 
 
 @_fake("dequantize_4bit")
@@ -572,6 +653,8 @@ _register("halfbyte::matmul_4bit", _matmul_backward, setup_context=_matmul_setup
 _register("halfbyte::matmul_4bit_grad_input", _grad_input_backward, setup_context=_grad_input_setup, lib=_library)
 for _name, _inputs in (
     ("quantize_4bit", 4),
+    ("quantize_4bit_search", 4),
+    ("encode_4bit", 9),
     ("dequantize_4bit", 10),
     ("quantize_blockwise", 5),
     ("dequantize_blockwise", 6),

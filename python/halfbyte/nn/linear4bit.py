@@ -44,6 +44,9 @@ class Linear4bit(torch.nn.Linear):
         Where the float weight is made. Not a move: it is not quantized there yet.
     blocksize
         Elements that share a scale.
+    scale_search
+        Pick scales by least squared error when the weight is quantized; see
+        :func:`~halfbyte.functional.quantize_4bit`.
 
     Notes
     -----
@@ -75,6 +78,8 @@ class Linear4bit(torch.nn.Linear):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
 
@@ -87,6 +92,7 @@ class Linear4bit(torch.nn.Linear):
                 quant_type=quant_type,
                 quant_storage=quant_storage,
                 module=self,
+                scale_search=scale_search,
             )
 
         parameters = self._parameters
@@ -337,6 +343,8 @@ class LinearFP4(Linear4bit):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__(
             input_features,
@@ -348,6 +356,7 @@ class LinearFP4(Linear4bit):
             quant_storage,
             device,
             blocksize,
+            scale_search=scale_search,
         )
 
 
@@ -364,6 +373,8 @@ class LinearNF4(Linear4bit):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__(
             input_features,
@@ -375,6 +386,7 @@ class LinearNF4(Linear4bit):
             quant_storage,
             device,
             blocksize,
+            scale_search=scale_search,
         )
 
 

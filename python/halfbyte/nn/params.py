@@ -48,7 +48,7 @@ class Params4bit(torch.nn.Parameter):
         Whether the *float* weight requires a gradient. Packed bytes never get one.
     quant_state
         State of packed bytes.
-    blocksize, compress_statistics, quant_type, quant_storage
+    blocksize, compress_statistics, quant_type, quant_storage, scale_search
         How to quantize; see :func:`~halfbyte.functional.quantize_4bit`. `blocksize` None is 64.
     module
         The layer that holds this; gets its ``quant_state`` set when this is quantized.
@@ -71,6 +71,7 @@ class Params4bit(torch.nn.Parameter):
     quant_storage: torch.dtype
     bnb_quantized: bool
     module: Any
+    scale_search: bool = False
 
     def __new__(  # noqa: D102  # the class says it
         cls,
@@ -83,6 +84,8 @@ class Params4bit(torch.nn.Parameter):
         quant_storage: torch.dtype = torch.uint8,
         module: Any = None,
         bnb_quantized: bool = False,
+        *,
+        scale_search: bool = False,
         **kwargs: Any,  # noqa: ARG004
     ) -> Params4bit:
         if data is None:
@@ -95,6 +98,7 @@ class Params4bit(torch.nn.Parameter):
         self.quant_storage = quant_storage
         self.bnb_quantized = bnb_quantized
         self.module = module
+        self.scale_search = scale_search
         return self
 
     @classmethod
@@ -232,6 +236,7 @@ class Params4bit(torch.nn.Parameter):
             compress_statistics=self.compress_statistics,
             quant_type=self.quant_type,
             quant_storage=self.quant_storage,
+            scale_search=self.scale_search,
         )
         self.adopt(packed, state)
         return self

@@ -96,7 +96,7 @@ impl Lanes for Avx2 {
 /// Magnitudes are compared as the integers that their bits are: that is their order, and NaN is above all.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn absmax<T: Element>(a: &[T]) -> f32 {
+pub(super) fn absmax<T: Element>(a: &[T]) -> f32 {
     let chunks = a.chunks_exact(16);
     let most = if T::DTYPE == Dtype::F32 {
         let magnitude = _mm256_set1_epi32(0x7fff_ffff);
@@ -173,26 +173,42 @@ impl Search {
     }
 }
 
-/// [`reference::quantize`], the same bytes.
-#[target_feature(enable = "avx2,f16c")]
-pub(super) fn quantize<T: Element>(a: &[T], kind: Kind, block: usize, packed: &mut [u8], absmax_out: &mut [f32]) {
-    let search = Search::new(kind.decision_points());
-    // SAFETY: 16 bytes.
-    let codes = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(kind.by_value().as_ptr().cast())) };
-    let full = a.len() / block;
-    let (whole, tail) = a.split_at(full * block);
-    let (packed, tail_packed) = packed.split_at_mut(full * block / 2);
-    let (scales, tail_scales) = absmax_out.split_at_mut(full);
-    for ((values, bytes), scale) in whole.chunks_exact(block).zip(packed.chunks_exact_mut(block / 2)).zip(scales) {
-        *scale = absmax(values);
-        let reciprocal = _mm256_set1_ps(1.0 / at_least_smallest(*scale));
+/// Values to packed codes.
+#[derive(Clone, Copy)]
+pub(super) struct Encoder {
+    search: Search,
+    /// Codes by rank, in both halves.
+    codes: __m256i,
+}
+
+impl Encoder {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn new(kind: Kind) -> Self {
+        // SAFETY: 16 bytes.
+        let codes = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(kind.by_value().as_ptr().cast())) };
+        Self { search: Search::new(kind.decision_points()), codes }
+    }
+
+    /// [`Search::rank`].
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn rank(&self, v: __m256) -> __m256i {
+        self.search.rank(v)
+    }
+
+    /// Codes of `values · reciprocal`, whose number is a multiple of 32.
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    pub(super) fn encode<T: Element>(&self, values: &[T], reciprocal: f32, bytes: &mut [u8]) {
+        let reciprocal = _mm256_set1_ps(reciprocal);
         for (values, bytes) in values.chunks_exact(32).zip(bytes.chunks_exact_mut(16)) {
             // No clamp to [−1, 1]: all points are inside.
             // SAFETY: `values` are 32 elements, and `i` is at most 3.
-            let rank = |i: usize| search.rank(_mm256_mul_ps(unsafe { load(values.as_ptr().add(8 * i)) }, reciprocal));
+            let rank = |i: usize| self.rank(_mm256_mul_ps(unsafe { load(values.as_ptr().add(8 * i)) }, reciprocal));
             let pairs = _mm256_packs_epi32(rank(0), rank(1));
             let ranks = _mm256_packs_epi16(pairs, _mm256_packs_epi32(rank(2), rank(3)));
-            let codes = _mm256_shuffle_epi8(codes, _mm256_and_si256(ranks, _mm256_set1_epi8(15)));
+            let codes = _mm256_shuffle_epi8(self.codes, _mm256_and_si256(ranks, _mm256_set1_epi8(15)));
             // The even one of each pair times 16 plus the odd one, in 16 bits, of which the lower 8 are all.
             let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
             let packed = _mm256_packus_epi16(pairs, pairs);
@@ -201,6 +217,20 @@ pub(super) fn quantize<T: Element>(a: &[T], kind: Kind, block: usize, packed: &m
             // SAFETY: room for 16 bytes.
             unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm_unpacklo_epi16(even, odd)) };
         }
+    }
+}
+
+/// [`reference::quantize`], the same bytes.
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn quantize<T: Element>(a: &[T], kind: Kind, block: usize, packed: &mut [u8], absmax_out: &mut [f32]) {
+    let encoder = Encoder::new(kind);
+    let full = a.len() / block;
+    let (whole, tail) = a.split_at(full * block);
+    let (packed, tail_packed) = packed.split_at_mut(full * block / 2);
+    let (scales, tail_scales) = absmax_out.split_at_mut(full);
+    for ((values, bytes), scale) in whole.chunks_exact(block).zip(packed.chunks_exact_mut(block / 2)).zip(scales) {
+        *scale = absmax(values);
+        encoder.encode(values, 1.0 / at_least_smallest(*scale), bytes);
     }
     reference::quantize(tail, kind, block, tail_packed, tail_scales);
 }

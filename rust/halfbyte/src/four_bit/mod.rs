@@ -12,6 +12,11 @@ mod cpu_lanes;
 mod cpu_matmul;
 mod cpu_scales;
 pub mod reference;
+pub mod search;
+#[cfg(target_arch = "x86_64")]
+mod search_avx2;
+
+pub use search::{quantize_search, quantize_search_into};
 
 use crate::codebook::{Kind, Map, dynamic_map};
 use crate::device;

@@ -6,11 +6,13 @@ mod group;
 mod matmul;
 mod matmul_small;
 mod matmul_stream;
+mod search;
 
 pub use elementwise::{dequantize, quantize};
 pub use experts::{clear_rows, matmul_experts, route_experts};
 pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
 pub use matmul::{fused, matmul};
+pub use search::{encode, quantize_search};
 
 use crate::codebook::Kind;
 use crate::device::cuda::{Kernel, Pointer, device, dtype_index};
@@ -20,6 +22,7 @@ use elementwise::{DEQUANTIZE, QUANTIZE};
 use matmul::MATMUL_SIMT;
 use matmul_small::MATMUL_MMA;
 use matmul_stream::STREAM;
+use search::{ENCODE, SEARCH};
 
 /// NF4 is 0 and FP4 is 1 on the device.
 const fn kind_number(kind: Kind) -> u32 {
@@ -52,5 +55,14 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
 #[doc(hidden)]
 pub fn kernels() -> Vec<&'static Kernel> {
     let mma = MATMUL_MMA.iter().flatten().flatten();
-    QUANTIZE.iter().chain(&DEQUANTIZE).chain(&MATMUL_SIMT).chain(mma).chain(&STREAM).chain(experts::kernels()).collect()
+    let search = SEARCH.iter().chain(&ENCODE);
+    QUANTIZE
+        .iter()
+        .chain(&DEQUANTIZE)
+        .chain(search)
+        .chain(&MATMUL_SIMT)
+        .chain(mma)
+        .chain(&STREAM)
+        .chain(experts::kernels())
+        .collect()
 }
