@@ -41,7 +41,7 @@ DRIVERS = {"7.8": 520, "8.0": 525}
 
 @dataclass(frozen=True)
 class Family:
-    """A source and the virtual architectures that it is compiled for: `80`, or `90a` for what runs on that one alone."""
+    """A source and the virtual architectures that it is compiled for; `90a` is for what runs on that one alone."""
 
     name: str
     source: str

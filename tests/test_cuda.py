@@ -216,6 +216,7 @@ def test_matmul_shapes(dtype, nested, kind):
             (4096, 256),
             (33, 14336),
             (520, 8256),
+            (40, 11008),
         ):
             check_matmul(m, n, k, dtype, kind, 64, nested, bias=n % 2 == 0, seed=m * n)
 
@@ -298,7 +299,7 @@ def test_captured_in_a_graph():
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_kernels_that_overlap_see_what_came_before(rows):
-    """A product may start while the kernel before it ends; neither fresh weights nor fresh activations may be missed."""
+    """A product may start while the kernel before it ends; it must not miss fresh weights or activations."""
     size, rounds = 1024, 24
     torch.manual_seed(0)
     weights = torch.randn(rounds, size * size, device="cuda", dtype=torch.bfloat16) / size**0.5

@@ -163,7 +163,9 @@ def _replacement(
         new.register_parameter("bias", old.bias)
         new.train(old.training)
     else:
-        new = Experts4bit.from_module(old, double_quant, quant_type, quant_storage, blocksize, scale_search)
+        new = Experts4bit.from_module(
+            old, double_quant, quant_type, quant_storage, blocksize, scale_search=scale_search
+        )
     for name in _weights(old):
         weight = new._parameters[name]
         if weight is not None and not weight.is_meta:

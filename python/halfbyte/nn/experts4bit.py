@@ -65,6 +65,7 @@ class _Stacks(nn.Module):
         compress_statistics: bool,
         quant_type: str,
         quant_storage: torch.dtype,
+        scale_search: bool,
     ) -> None:
         self.register_parameter(
             name,
@@ -75,6 +76,7 @@ class _Stacks(nn.Module):
                 compress_statistics=compress_statistics,
                 quant_type=quant_type,
                 quant_storage=quant_storage,
+                scale_search=scale_search,
             ),
         )
 
@@ -196,7 +198,7 @@ class StackedLinear4bit(_Stacks):
         Sizes E, K and N; the weight is ``[E, N, K]``, quantized as one tensor when it first moves to a device.
     bias
         Whether to add a bias ``[E, N]``, which stays in floating point.
-    compress_statistics, quant_type, quant_storage, device, blocksize
+    compress_statistics, quant_type, quant_storage, device, blocksize, scale_search
         See :class:`~halfbyte.nn.Linear4bit`.
 
     Notes
@@ -222,12 +224,15 @@ class StackedLinear4bit(_Stacks):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts, self.in_features, self.out_features = num_experts, input_features, output_features
         stack = torch.empty(num_experts, output_features, input_features, device=device)
         reach = input_features**-0.5 if input_features else 0.0
-        self._pack("weight", stack.uniform_(-reach, reach), blocksize, compress_statistics, quant_type, quant_storage)
+        options = (blocksize, compress_statistics, quant_type, quant_storage, scale_search)
+        self._pack("weight", stack.uniform_(-reach, reach), *options)
         added = torch.empty(num_experts, output_features, device=device).uniform_(-reach, reach) if bias else None
         self.register_parameter("bias", None if added is None else nn.Parameter(added))
 
@@ -274,7 +279,7 @@ class Experts4bit(_Stacks):
         Whether the first product is of two halves, and the activated first one multiplies the second.
     bias
         Whether to have ``gate_up_proj_bias`` (or ``up_proj_bias``) and ``down_proj_bias``, floats ``[E, N]``.
-    compress_statistics, quant_type, quant_storage, device, blocksize
+    compress_statistics, quant_type, quant_storage, device, blocksize, scale_search
         See :class:`~halfbyte.nn.Linear4bit`.
 
     Notes
@@ -308,6 +313,8 @@ class Experts4bit(_Stacks):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | int | None = None,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts, self.has_gate = num_experts, has_gate
@@ -320,7 +327,7 @@ class Experts4bit(_Stacks):
         ):
             reach = columns**-0.5 if columns else 0.0
             stack = torch.empty(num_experts, rows, columns, device=device).uniform_(-reach, reach)
-            self._pack(name, stack, blocksize, compress_statistics, quant_type, quant_storage)
+            self._pack(name, stack, blocksize, compress_statistics, quant_type, quant_storage, scale_search)
             if bias:
                 self.register_parameter(
                     f"{name}_bias", nn.Parameter(torch.zeros(num_experts, rows, device=device), requires_grad=False)
@@ -350,6 +357,8 @@ class Experts4bit(_Stacks):
         quant_type: str = "nf4",
         quant_storage: torch.dtype = torch.uint8,
         blocksize: int = 64,
+        *,
+        scale_search: bool = False,
     ) -> Experts4bit:
         """Return experts with the weights of `module`, not quantized yet.
 
@@ -358,7 +367,7 @@ class Experts4bit(_Stacks):
         module
             One that :meth:`recognizes`. Stacks that it has transposed, ``[E, K, N]``, are turned round; its gate, its
             activation and its norm are taken over.
-        compress_statistics, quant_type, quant_storage, blocksize
+        compress_statistics, quant_type, quant_storage, blocksize, scale_search
             See :class:`~halfbyte.nn.Linear4bit`.
 
         Raises
@@ -383,7 +392,7 @@ class Experts4bit(_Stacks):
             if name in stacks and parameter is not None:
                 stack = parameter.detach()
                 stack = stack.transpose(1, 2).contiguous() if old.is_transposed else stack
-                self._pack(name, stack, blocksize, compress_statistics, quant_type, quant_storage)
+                self._pack(name, stack, blocksize, compress_statistics, quant_type, quant_storage, scale_search)
             else:
                 self.register_parameter(name, parameter)
         self.__dict__["is_transposed"] = False
