@@ -25,7 +25,7 @@ def main() -> None:
             for kind in ("nf4", "fp4"):
                 _native.quantize_4bit(a, packed, absmax, kind, block)
                 _native.dequantize_4bit(packed, absmax, out, kind, block)
-                _native.quantize_4bit_search(a, packed, absmax, kind, block)
+                _native.quantize_4bit(a, packed, absmax, kind, block, True)
                 _native.encode_4bit(a, packed, absmax, kind, block)
             offset = absmax.mean()
             codes = torch.empty(blocks, dtype=torch.uint8, device="cuda")

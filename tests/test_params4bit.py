@@ -18,7 +18,16 @@ from halfbyte.nn import Params4bit
 STORAGES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32]
 PROPERTIES = ("absmax", "code", "quant_map", "offset", "state2")
 NESTED_PROPERTIES = ("nested_absmax", "nested_blocksize", "nested_quant_map", "nested_dtype", "nested_offset")
-FIELDS = {"blocksize", "bnb_quantized", "compress_statistics", "module", "quant_state", "quant_storage", "quant_type"}
+FIELDS = {
+    "blocksize",
+    "bnb_quantized",
+    "compress_statistics",
+    "module",
+    "quant_state",
+    "quant_storage",
+    "quant_type",
+    "scale_search",
+}
 
 
 def quantized(device="cpu", shape=(32, 64), nested=True, storage=torch.uint8, **more):

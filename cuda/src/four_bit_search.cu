@@ -261,17 +261,14 @@ DEVICE void search(const T* a, u64 n, u8* packed, float* absmax, u32 log2_block,
         if (!better) {  // as in four_bit.cu; rare, so one element at a time
             const bool special = most - 1 >= 0x7f7fffffu;
             const float to_plain = special ? 1.f : inverse_of(m), rest = most == 0 && kind == NF4 ? -1.f : 0.f;
-#pragma unroll
-            for (u32 g = 0; g < 2; ++g) {
-                u32 ranks = 0;
+            u64 ranks = 0;
 #pragma unroll 1
-                for (u32 i = 8 * g; i < 8 * g + 8; ++i) {
-                    float e = first + i < n ? to_float(a[first + i]) : 0.f;
-                    if (special) e = magnitude(e) >= 0x7f800000u ? 1.f : rest;
-                    ranks = ranks << 4 | plain_rank(kind, e, to_plain);
-                }
-                words[g] = EncodeTable::codes(kind, ranks);
+            for (u32 i = 0; i < 16; ++i) {
+                float e = first + i < n ? to_float(a[first + i]) : 0.f;
+                if (special) e = magnitude(e) >= 0x7f800000u ? 1.f : rest;
+                ranks = ranks << 4 | plain_rank(kind, e, to_plain);
             }
+            words[0] = EncodeTable::codes(kind, u32(ranks >> 32)), words[1] = EncodeTable::codes(kind, u32(ranks));
         }
         if ((first & ((1u << log2_block) - 1)) == 0 && first < n) absmax[first >> log2_block] = better ? scale : m;
 #pragma unroll

@@ -6,8 +6,9 @@ checked before anything is written; errors are those of :mod:`halfbyte.errors`.
 
 from typing import Any
 
-def quantize_4bit(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
-def quantize_4bit_search(a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int) -> None: ...
+def quantize_4bit(
+    a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int, scale_search: bool = False
+) -> None: ...
 def encode_4bit(
     a: Any,
     packed: Any,

@@ -177,8 +177,7 @@ def quantize_4bit_into(
         return
     if A.is_cpu:
         _sync_threads()
-    quantize = _native.quantize_4bit_search if scale_search else _native.quantize_4bit
-    quantize(A.contiguous(), packed, absmax, quant_type, blocksize)
+    _native.quantize_4bit(A.contiguous(), packed, absmax, quant_type, blocksize, scale_search)
     used = (n + 1) // 2
     if packed.numel() * packed.itemsize > used:
         packed.view(-1).view(torch.uint8)[used:].zero_()

@@ -144,8 +144,9 @@ pub(crate) fn expect_packed(packed: &TensorRef, weights: usize) -> Result<(), Er
     Err(shape_error("packed", format!("at least {} bytes for {weights} weights", packed_len(weights)), packed))
 }
 
-/// Quantizes `a` into `packed` and `absmax`.
+/// Quantizes `a` into `packed` and `absmax`, whose sign counts with `scale_search`.
 #[pyfunction]
+#[pyo3(signature = (a, packed, absmax, quant_type, blocksize, scale_search=false))]
 pub(crate) fn quantize_4bit(
     py: Python<'_>,
     a: &Bound<'_, PyAny>,
@@ -153,6 +154,7 @@ pub(crate) fn quantize_4bit(
     absmax: &Bound<'_, PyAny>,
     quant_type: &str,
     blocksize: usize,
+    scale_search: bool,
 ) -> PyResult<()> {
     let kind = parse_kind(quant_type).map_err(raise)?;
     check_four_bit_block(blocksize).map_err(raise)?;
@@ -175,18 +177,18 @@ pub(crate) fn quantize_4bit(
         Place::Cpu => with_type!(dtype, T => {
             // SAFETY: place, types, sizes and layout are checked; the caller keeps others from writing.
             let (a, packed, absmax) = unsafe { (a.slice::<T>(), packed.bytes_mut(), absmax.slice_mut::<f32>()) };
-            detached(py, a.len(), || four_bit::quantize_into(a, kind, blocksize, packed, absmax))
+            let quantize = if scale_search { four_bit::quantize_search_into } else { four_bit::quantize_into };
+            detached(py, a.len(), || quantize(a, kind, blocksize, packed, absmax))
         })
         .map_err(raise),
         #[cfg(feature = "cuda")]
         Place::Cuda(device) => {
             let stream = crate::stream_of(&a, device)?;
-            let (n, packed, absmax) = (a.len(), packed.address() as u64, absmax.address() as u64);
+            let (source, n) = ((a.address() as u64, dtype), a.len());
+            let (packed, absmax) = (packed.address() as u64, absmax.address() as u64);
+            let quantize = if scale_search { four_bit::cuda::quantize_search } else { four_bit::cuda::quantize };
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-            unsafe {
-                four_bit::cuda::quantize(&stream, (a.address() as u64, dtype), n, kind, blocksize, packed, absmax)
-            }
-            .map_err(raise)
+            unsafe { quantize(&stream, source, n, kind, blocksize, packed, absmax) }.map_err(raise)
         }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => Err(raise(crate::no_cuda())),

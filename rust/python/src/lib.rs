@@ -25,7 +25,7 @@ mod _native {
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
     #[pymodule_export]
-    use super::search::{encode_4bit, quantize_4bit_search};
+    use super::search::encode_4bit;
 }
 
 use dlpack::{Place, TensorRef};

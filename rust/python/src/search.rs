@@ -1,6 +1,8 @@
-//! `quantize_4bit_search`, `encode_4bit`: scales by least squared error.
+//! `encode_4bit`: codes for given scales.
 
-use halfbyte::four_bit::{self, search};
+#[cfg(feature = "cuda")]
+use halfbyte::four_bit;
+use halfbyte::four_bit::search;
 use halfbyte::layout::{block_count, check_four_bit_block};
 use halfbyte::{Dtype, bf16, f16};
 use pyo3::prelude::*;
@@ -8,55 +10,7 @@ use pyo3::prelude::*;
 use crate::dlpack::{Place, TensorRef};
 use crate::errors::raise;
 use crate::four_bit::{Scales, expect_packed, parse_kind, with_type};
-use crate::{check_together, detached, expect_len};
-
-/// Quantizes `a` into `packed` and `absmax`, whose sign counts.
-#[pyfunction]
-pub(crate) fn quantize_4bit_search(
-    py: Python<'_>,
-    a: &Bound<'_, PyAny>,
-    packed: &Bound<'_, PyAny>,
-    absmax: &Bound<'_, PyAny>,
-    quant_type: &str,
-    blocksize: usize,
-) -> PyResult<()> {
-    let kind = parse_kind(quant_type).map_err(raise)?;
-    check_four_bit_block(blocksize).map_err(raise)?;
-    let a = TensorRef::new("a", a)?;
-    let packed = TensorRef::new("packed", packed)?;
-    let absmax = TensorRef::new("absmax", absmax)?;
-    let checked = || {
-        let dtype = a.float()?;
-        absmax.expect_dtype(Dtype::F32)?;
-        let place = a.place()?;
-        check_together(place, &[&a, &packed, &absmax])?;
-        packed.expect_writable()?;
-        absmax.expect_writable()?;
-        expect_packed(&packed, a.len())?;
-        expect_len(&absmax, block_count(a.len(), blocksize))?;
-        Ok((dtype, place))
-    };
-    let (dtype, place) = checked().map_err(raise)?;
-    match place {
-        Place::Cpu => with_type!(dtype, T => {
-            // SAFETY: place, types, sizes and layout are checked; the caller keeps others from writing.
-            let (a, packed, absmax) = unsafe { (a.slice::<T>(), packed.bytes_mut(), absmax.slice_mut::<f32>()) };
-            detached(py, a.len(), || four_bit::quantize_search_into(a, kind, blocksize, packed, absmax))
-        })
-        .map_err(raise),
-        #[cfg(feature = "cuda")]
-        Place::Cuda(device) => {
-            let stream = crate::stream_of(&a, device)?;
-            let (source, n) = ((a.address() as u64, dtype), a.len());
-            let (packed, absmax) = (packed.address() as u64, absmax.address() as u64);
-            // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-            unsafe { four_bit::cuda::quantize_search(&stream, source, n, kind, blocksize, packed, absmax) }
-                .map_err(raise)
-        }
-        #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(raise(crate::no_cuda())),
-    }
-}
+use crate::{check_together, detached};
 
 /// Chooses the codes in `packed` again, for the scales given.
 #[pyfunction]

@@ -70,6 +70,16 @@ impl Absmax {
     }
 }
 
+impl Arguments {
+    /// Adds the scales as kernels take them: four pointers and the shift.
+    #[inline]
+    #[must_use]
+    pub(crate) fn scales(self, absmax: Absmax) -> Self {
+        let (scales, nested, map, offset, nested_shift) = absmax.parts();
+        self.u64(scales).u64(nested).u64(map).u64(offset).u32(nested_shift)
+    }
+}
+
 /// The launch of a kernel that goes over `n` elements by tiles, two in shared memory for each warp: cuda/include/tile.cuh.
 pub(crate) fn tiles(kernel: &Kernel, stream: &Stream, dtype: Dtype, n: usize) -> Result<Launch> {
     const TILE: u32 = 1024;

@@ -1,7 +1,7 @@
 //! Quantize and dequantize: kernels of cuda/src/four_bit.cu.
 
 use crate::codebook::Kind;
-use crate::device::cuda::{Absmax, Arguments, Kernel, Pointer, Stream, dtype_index, tiles};
+use crate::device::cuda::{Absmax, Arguments, Kernel, Launch, Pointer, Stream, dtype_index, tiles};
 use crate::element::Dtype;
 use crate::error::Result;
 use crate::layout::check_four_bit_block;
@@ -36,12 +36,30 @@ pub unsafe fn quantize(
     packed: Pointer,
     absmax: Pointer,
 ) -> Result<()> {
+    let kernel = &QUANTIZE[dtype_index(dtype)];
+    // SAFETY: the arguments are those of `quantize_4bit_*` in cuda/src/four_bit.cu; the caller vouches for the pointers.
+    unsafe { quantize_by(kernel, |n| tiles(kernel, stream, dtype, n), 16, stream, a, n, kind, block, (packed, absmax)) }
+}
+
+/// Launches a kernel that takes what [`quantize`] does, with packed bytes aligned for it if they lie at a multiple of `align`.
+///
+/// # Safety
+/// As [`quantize`].
+pub(super) unsafe fn quantize_by(
+    kernel: &Kernel,
+    launch: impl FnOnce(usize) -> Result<Launch>,
+    align: u64,
+    stream: &Stream,
+    a: Pointer,
+    n: usize,
+    kind: Kind,
+    block: usize,
+    (packed, absmax): (Pointer, Pointer),
+) -> Result<()> {
     check_four_bit_block(block)?;
     if n == 0 {
         return Ok(());
     }
-    let kernel = &QUANTIZE[dtype_index(dtype)];
-    let launch = tiles(kernel, stream, dtype, n)?;
     let mut arguments = Arguments::default()
         .u64(a)
         .u64(n as u64)
@@ -49,9 +67,9 @@ pub unsafe fn quantize(
         .u64(absmax)
         .u32(block.trailing_zeros())
         .u32(kind_number(kind))
-        .u32(u32::from(aligned(&[(a, 16), (packed, 16)])));
-    // SAFETY: the arguments are those of `quantize_4bit_*` in cuda/src/four_bit.cu; the caller vouches for the pointers.
-    unsafe { kernel.launch(stream, launch, &mut arguments) }
+        .u32(u32::from(aligned(&[(a, 16), (packed, align)])));
+    // SAFETY: passed on.
+    unsafe { kernel.launch(stream, launch(n)?, &mut arguments) }
 }
 
 /// Dequantizes `n` weights into `out`.
@@ -71,16 +89,11 @@ pub unsafe fn dequantize(
     if n == 0 {
         return Ok(());
     }
-    let (scales, nested, map, offset, nested_shift) = absmax.parts();
     let kernel = &DEQUANTIZE[dtype_index(dtype)];
     let launch = Kernel::spread((n as u64).div_ceil(DEQUANTIZE_SPAN));
     let mut arguments = Arguments::default()
         .u64(packed)
-        .u64(scales)
-        .u64(nested)
-        .u64(map)
-        .u64(offset)
-        .u32(nested_shift)
+        .scales(absmax)
         .u64(out)
         .u64(n as u64)
         .u32(block.trailing_zeros())

@@ -7,7 +7,7 @@ use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::layout::check_four_bit_block;
 
-use super::matmul::MMA_STEP;
+use super::matmul::{MMA_STEP, tensor_cores};
 use super::matmul_small::mma_values;
 use super::{aligned, kind_number};
 
@@ -88,16 +88,12 @@ pub unsafe fn matmul_experts(
         return Ok(());
     }
     let gpu = device(stream.device)?;
-    let (scales, nested, map, offset, nested_shift) = absmax.parts();
+    let (scales, ..) = absmax.parts();
     let arguments = Arguments::default()
         .u64(x)
         .u64(offsets)
         .u64(packed)
-        .u64(scales)
-        .u64(nested)
-        .u64(map)
-        .u64(offset)
-        .u32(nested_shift)
+        .scales(absmax)
         .u64(bias.unwrap_or(0))
         .u64(out)
         .u32(rows)
@@ -105,13 +101,9 @@ pub unsafe fn matmul_experts(
         .u32(columns)
         .u32(inner)
         .u32(block.trailing_zeros());
-    let tensor_cores = dtype != Dtype::F32
-        && gpu.capability >= 80
-        && k > 0
-        && k.is_multiple_of(MMA_STEP)
-        && block >= MMA_STEP
+    let tensor_cores = tensor_cores(gpu, dtype, k, block, &[x, packed])
         && u32::try_from(e.saturating_mul(n).saturating_mul(k / MMA_STEP)).is_ok()
-        && aligned(&[(x, 16), (packed, 16), (scales, 4)]);
+        && aligned(&[(scales, 4)]);
     let many = s > FEW * e;
     let shape = (s, e, n, k);
     let plan = Plan::new(many, absmax.is_nested(), shape, gpu.multiprocessors, gpu.shared_memory);

@@ -74,15 +74,10 @@ pub unsafe fn matmul(
         return Ok(());
     }
     let gpu = device(stream.device)?;
-    let (scales, nested, map, offset, nested_shift) = absmax.parts();
     let arguments = Arguments::default()
         .u64(x)
         .u64(packed)
-        .u64(scales)
-        .u64(nested)
-        .u64(map)
-        .u64(offset)
-        .u32(nested_shift)
+        .scales(absmax)
         .u64(bias.unwrap_or(0))
         .u64(out)
         .u32(m as u32)

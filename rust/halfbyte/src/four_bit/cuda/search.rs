@@ -6,6 +6,7 @@ use crate::element::Dtype;
 use crate::error::Result;
 use crate::layout::check_four_bit_block;
 
+use super::elementwise::quantize_by;
 use super::{aligned, kind_number};
 
 /// Elements that a block of threads takes at a time, in cuda/src/four_bit_search.cu.
@@ -37,22 +38,10 @@ pub unsafe fn quantize_search(
     packed: Pointer,
     absmax: Pointer,
 ) -> Result<()> {
-    check_four_bit_block(block)?;
-    if n == 0 {
-        return Ok(());
-    }
     let kernel = &SEARCH[dtype_index(dtype)];
-    let launch = kernel.filling(stream.device, (n as u64).div_ceil(SEARCH_SPAN), THREADS, 0)?;
-    let mut arguments = Arguments::default()
-        .u64(a)
-        .u64(n as u64)
-        .u64(packed)
-        .u64(absmax)
-        .u32(block.trailing_zeros())
-        .u32(kind_number(kind))
-        .u32(u32::from(aligned(&[(a, 16), (packed, 8)])));
+    let launch = |n| kernel.filling(stream.device, (n as u64).div_ceil(SEARCH_SPAN), THREADS, 0);
     // SAFETY: the arguments are those of `search_4bit_*` in cuda/src/four_bit_search.cu; the caller vouches for the pointers.
-    unsafe { kernel.launch(stream, launch, &mut arguments) }
+    unsafe { quantize_by(kernel, launch, 8, stream, a, n, kind, block, (packed, absmax)) }
 }
 
 /// Chooses codes again, for given scales, as [`crate::four_bit::search::encode_into`] does.
@@ -72,18 +61,13 @@ pub unsafe fn encode(
     if n == 0 {
         return Ok(());
     }
-    let (scales, nested, map, offset, nested_shift) = absmax.parts();
     let kernel = &ENCODE[dtype_index(dtype)];
     let launch = kernel.filling(stream.device, (n as u64).div_ceil(ENCODE_SPAN), THREADS, 0)?;
     let mut arguments = Arguments::default()
         .u64(a)
         .u64(n as u64)
         .u64(packed)
-        .u64(scales)
-        .u64(nested)
-        .u64(map)
-        .u64(offset)
-        .u32(nested_shift)
+        .scales(absmax)
         .u32(block.trailing_zeros())
         .u32(kind_number(kind))
         .u32(u32::from(aligned(&[(a, 16), (packed, 4)])));
