@@ -60,16 +60,6 @@ DEVICE uint4 load_uint4(u32 at) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
     return v;
 }
-DEVICE u32 cluster_size() {
-    u32 size;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-DEVICE float load_cluster_float(u32 address) {
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
-}
 
 // Adds the products of a warp's slice of one or two tiles to their sums. Loads of weights and scales come first, and two tiles
 // alternate, so that there is always something to do while one waits.

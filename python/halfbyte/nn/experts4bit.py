@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from halfbyte import _native, ops
 from halfbyte._grouped import matmul_4bit_experts
 from halfbyte.errors import ArgumentError
-from halfbyte.nn.params import Params4bit, check_packed
+from halfbyte.nn.params import Params4bit, check_packed, take_packed
 from halfbyte.quant_state import QuantState
 
 if TYPE_CHECKING:
@@ -179,11 +179,7 @@ class _Stacks(nn.Module):
                 f"the shape in current model is {list(self._shape(old))}."
             )
             return
-        if not assign:  # nothing of ours may share memory with the caller's dict
-            state.absmax = state.absmax.clone()
-            if state.state2 is not None:
-                state.state2.absmax = state.state2.absmax.clone()
-        packed = data.detach() if assign else data.detach().to(device, copy=True)
+        packed = take_packed(data, state, device, assign)
         if old.is_meta or assign:
             old = self._parameters[name] = Params4bit(packed)
         old.adopt(packed, state)

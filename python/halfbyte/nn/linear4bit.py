@@ -13,7 +13,7 @@ from halfbyte import _native
 from halfbyte._matmul import autocast_dtype, matmul_4bit, matmul_as_is
 from halfbyte.errors import ArgumentError
 from halfbyte.nn._initial import Undrawn, can_wait
-from halfbyte.nn.params import Params4bit, check_packed
+from halfbyte.nn.params import Params4bit, check_packed, take_packed
 from halfbyte.quant_state import QuantState
 
 if TYPE_CHECKING:
@@ -308,11 +308,7 @@ class Linear4bit(torch.nn.Linear):
                 f"the shape in current model is {list(self._dense_shape())}."
             )
             return
-        if not assign:  # nothing of ours may share memory with the caller's dict
-            state.absmax = state.absmax.clone()
-            if state.state2 is not None:
-                state.state2.absmax = state.state2.absmax.clone()
-        packed = data.detach() if assign else data.detach().to(device, copy=True)
+        packed = take_packed(data, state, device, assign)
         if isinstance(old, Params4bit) and not old.is_meta and not assign:
             old.adopt(packed, state)
         else:

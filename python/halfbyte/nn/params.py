@@ -342,3 +342,13 @@ def check_packed(data: Tensor, state: QuantState, key: str = "weight") -> None:
             f"checkpoint entry `{key}`: expected {needed} packed bytes for a weight of {list(state.shape or ())}, "
             f"got {str(data.dtype).removeprefix('torch.')} {list(data.shape)}"
         )
+
+
+def take_packed(data: Tensor, state: QuantState, device: torch.device, assign: bool) -> Tensor:
+    """Return packed bytes of a checkpoint on `device`; unless `assign`, they and `state` get memory of their own."""
+    if assign:
+        return data.detach()
+    state.absmax = state.absmax.clone()
+    if state.state2 is not None:
+        state.state2.absmax = state.state2.absmax.clone()
+    return data.detach().to(device, copy=True)
