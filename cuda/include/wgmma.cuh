@@ -28,8 +28,7 @@ template <int N> DEVICE void wgmma_own(float (&d)[N]) {
 
 #define WGMMA_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_16(i) WGMMA_4(i), WGMMA_4(i + 4), WGMMA_4(i + 8), WGMMA_4(i + 12)
-#define WGMMA_D4 "%0,%1,%2,%3"
-#define WGMMA_D8 WGMMA_D4 ",%4,%5,%6,%7"
+#define WGMMA_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define WGMMA_D16 WGMMA_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define WGMMA_D32 WGMMA_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define WGMMA_D64                                                                                                        \
@@ -51,7 +50,6 @@ template <class T, int N> struct Wgmma;
 #define WGMMA_BOTH(N, OUT, A, B, P, ...)                \
     WGMMA(Bf16, "bf16", N, OUT, A, B, P, __VA_ARGS__) \
     WGMMA(F16, "f16", N, OUT, A, B, P, __VA_ARGS__)
-WGMMA_BOTH(8, WGMMA_D4, "%4,%5,%6,%7", "%8", "%9", WGMMA_4(0))
 WGMMA_BOTH(16, WGMMA_D8, "%8,%9,%10,%11", "%12", "%13", WGMMA_4(0), WGMMA_4(4))
 WGMMA_BOTH(32, WGMMA_D16, "%16,%17,%18,%19", "%20", "%21", WGMMA_16(0))
 WGMMA_BOTH(64, WGMMA_D32, "%32,%33,%34,%35", "%36", "%37", WGMMA_16(0), WGMMA_16(16))

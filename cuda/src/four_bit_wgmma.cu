@@ -2,7 +2,7 @@
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
-// For sm_90a alone. A block of threads has ROWS (128 or 256) rows of weights, TOKENS (8 … 128) rows of x and all of K, or the part of
+// For sm_90a alone. A block of threads has ROWS (128 or 256) rows of weights, TOKENS (16 … 128) rows of x and all of K, or the part of
 // it that is its own in a cluster. Weights are the operand in registers, so that they go from packed bytes to the tensor cores without
 // being stored again; x is the one in shared memory:
 //
@@ -29,11 +29,12 @@
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a row of blocks + 2·M·N.
 #include "async_copy.cuh"
 #include "mma.cuh"
+#include "shared.cuh"
 #include "tensor_copy.cuh"
 #include "wgmma.cuh"
 
 #if !defined(ELEMENT) || !defined(TOKENS)
-#error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=8, 16, 32, 64 or 128"
+#error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=16, 32, 64 or 128"
 #endif
 
 constexpr u32 STAGE_K = 256;  // of weights
@@ -83,21 +84,6 @@ template <u32 STAGES> struct Turn {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
-
-DEVICE uint4 load_uint4(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-    return v;
-}
-DEVICE float4 load_float4(u32 at) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
-    return v;
-}
-DEVICE void store_float4(u32 at, float a, float b, float c, float d) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-DEVICE void barrier_arrive_copies(u32 at) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory"); }
 
 DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 DEVICE u32 element(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -157,7 +143,7 @@ template <class S> struct ScaleServer {
                 for (u32 i = 0; i < EACH; ++i) {
                     const bool valid = row0 + row(i) < p.N;
                     auto get = [&](u32 j) { return valid ? fmaf(map[codes[a][i] >> 8 * j & 0xff], scale[a][i], offset) : 0.f; };
-                    store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), get(0), get(1), get(2), get(3));
+                    store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), make_float4(get(0), get(1), get(2), get(3)));
                 }
                 barrier_arrive(full + turn.stage * 8);
                 fetch(codes[a], scale[a], stage + AHEAD);
@@ -179,7 +165,7 @@ template <class S> struct ScaleServer {
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j)
                     s[j] = row0 + row(i) < p.N && stage * 4 + j < blocks ? scales.get(block(i, stage) + j >> fold) : 0.f;
-                store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), s[0], s[1], s[2], s[3]);
+                store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), make_float4(s[0], s[1], s[2], s[3]));
             }
             barrier_arrive(full + turn.stage * 8);
         }
@@ -264,9 +250,6 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
         const u32 table_lane = table + lane * 4, selector = 0x7604 | t << 4;
         auto look_up = [&](u32 word) {
             u32 pair;
-#ifdef NO_LOOKUP
-            return __byte_perm(word, table_lane, selector);
-#endif
             asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(__byte_perm(word, table_lane, selector)));
             return pair;
         };
@@ -306,10 +289,6 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
         };
         auto add = [&](float (&to)[TOKENS / 2], const float (&d)[TOKENS / 2], const float4 (&s)[2], u32 k) {
             const float low = element(s[0], k), high = element(s[1], k);
-#ifdef NO_ADD
-            to[0] += d[0] + d[TOKENS / 2 - 1] + low + high;
-            return;
-#endif
 #pragma unroll
             for (u32 j = 0; j < TOKENS / 2; j += 4) {
                 to[j] = fmaf(d[j], low, to[j]), to[j + 1] = fmaf(d[j + 1], low, to[j + 1]);
@@ -338,11 +317,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                 wgmma_fence();
 #pragma unroll
                 for (u32 s = 0; s < 4; ++s)
-#ifdef NO_MMA
-                    d[s] = __uint_as_float(a[u % 2][s][0] ^ a[u % 2][s][1] ^ a[u % 2][s][2] ^ a[u % 2][s][3] ^ u32(operand));
-#else
                     Wgmma<ELEMENT, TOKENS>::add(d, a[u % 2][s], operand + 2 * s, s == 0);
-#endif
                 wgmma_commit();
 
                 auto finish = [&](u32 v) {  // unit v, maybe UNITS - 1 of the stage before
@@ -395,7 +370,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
 #pragma unroll
             for (u32 j = 0; j < TOKENS / 2; ++j) {
                 const u32 token = j / 4 * 8 + 2 * t + j % 2, row = my_row + i * 64 + j / 2 % 2 * 8;
-                asm volatile("st.shared.f32 [%0], %1;" ::"r"(partial + ((k_group * TOKENS + token) * PITCH + row) * 4), "f"(sums[i][j]) : "memory");
+                store_float(partial + ((k_group * TOKENS + token) * PITCH + row) * 4, sums[i][j]);
             }
         named_barrier(1, S::COMPUTING * 128);
     }
@@ -414,13 +389,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
 #pragma unroll
                 for (u32 k = 0; k < K_GROUPS; ++k) {
                     const u32 at = begin + HIGH_AT + ((k * TOKENS + token) * PITCH + row) * 4;
-                    if (ranks == 1) {
-                        float value;
-                        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
-                        sum += value;
-                    } else {
-                        sum += load_cluster_float(map_to_block(at, from));
-                    }
+                    sum += ranks == 1 ? load_float(at) : load_cluster_float(map_to_block(at, from));
                 }
             sum *= p.ungain;
             p.out[u64(m) * p.N + n] = from_float<ELEMENT>(p.bias == nullptr ? sum : sum + to_float(p.bias[n]));

@@ -14,8 +14,8 @@ use super::{matmul_stream, matmul_wgmma};
 /// Most rows of activations that [`matmul`] takes where there is nothing better than `mma.sync`.
 const MOST_ROWS: usize = 32;
 
-/// Most rows on compute capability 9.0.
-const MOST_ROWS_WGMMA: usize = 512;
+/// Most rows on compute capability 9.0: from here on a dense product is faster, although the weight is dequantized for it.
+const MOST_ROWS_WGMMA: usize = 128;
 
 /// Smallest block that the tensor-core kernel takes: its step along K.
 pub(super) const MMA_STEP: usize = 64;

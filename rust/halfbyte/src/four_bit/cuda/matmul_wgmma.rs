@@ -111,11 +111,7 @@ impl Plan {
         let sizes: &[u32] = if WGMMA[0][tokens][1].is_some() { &[128, 256] } else { &[128] };
         let choices = sizes.iter().flat_map(|&rows| (1..=4).map(move |cluster| (rows, cluster)));
         let choices = choices.filter(|&(_, cluster)| cluster == 1 || cluster <= stages);
-        let (mut rows, mut cluster) = choices.min_by_key(|&(rows, cluster)| cost(rows, cluster)).unwrap_or((128, 1));
-        if let Ok(forced) = std::env::var("HALFBYTE_PLAN") {
-            let v: Vec<u32> = forced.split(',').map(|s| s.parse().unwrap()).collect();
-            (rows, cluster) = (v[0], v[1]);
-        }
+        let (rows, cluster) = choices.min_by_key(|&(rows, cluster)| cost(rows, cluster)).unwrap_or((128, 1));
         let computing = if TOKENS[tokens] <= 32 { 4 } else { 2 };
         Self {
             launch: Launch {
