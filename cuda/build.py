@@ -66,6 +66,11 @@ FAMILIES += [
     Family(f"four_bit_stream_{name}", "four_bit_stream.cu", ("90",), {"ELEMENT": element})
     for name, element in ELEMENTS.items()
 ]
+FAMILIES += [
+    Family(f"four_bit_wgmma_{name}_m{tokens}", "four_bit_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})
+    for name, element in ELEMENTS.items()
+    for tokens in (16, 32, 64, 128)
+]
 
 FAMILIES += [Family("four_bit_experts", "four_bit_experts.cu", ("75", "80"))]
 FAMILIES += [

@@ -40,7 +40,10 @@ def main() -> None:
             odd = torch.empty(-(-n // 100), device="cuda")
             _native.quantize_blockwise(a, code, bytes_, odd, 100)
             _native.quantize_blockwise(a, torch.linspace(-1, 1, 256).cuda() ** 5, bytes_, absmax, block)
-        for m, n, k in ((1, 33, 320), (8, 300, 1024), (9, 17, 64), (16, 4000, 192), (3, 20, 77)):
+        shapes = [(1, 33, 320), (8, 300, 1024), (9, 17, 64), (16, 4000, 192), (3, 20, 77)]
+        if dtype != torch.float32:
+            shapes += [(20, 300, 1088), (40, 130, 2048), (100, 40, 320)]
+        for m, n, k in shapes:
             block = 64
             w = torch.randn(n * k).cuda()
             packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="cuda")
