@@ -42,7 +42,9 @@ fn quantizing_is_the_reference() {
 fn quantizing<T: Element + Bits>() {
     let mut noise = Noise::new(1);
     for k in LENGTHS {
-        for (m, threshold) in [(0, 6.0), (1, 0.0), (1, 6.0), (5, 3.1), (70, 0.0), (70, 6.0), (3, f32::INFINITY), (4, 0.01)] {
+        for (m, threshold) in
+            [(0, 6.0), (1, 0.0), (1, 6.0), (5, 3.1), (70, 0.0), (70, 6.0), (3, f32::INFINITY), (4, 0.01)]
+        {
             let x: Vec<T> = activations(&mut noise, m, k);
             let threshold = T::from_f32(threshold).to_f32();
             let (mut want, mut want_stats, mut want_bitmap) = (vec![9; m * k], vec![0.0; m], vec![7; k.div_ceil(32)]);
@@ -78,11 +80,13 @@ fn every_sixteen_bit_number_quantizes_as_the_reference_does() {
         for k in [64, 65_536] {
             let m = values.len() / k;
             for threshold in [0.0, 6.0] {
-                let (mut want, mut want_stats, mut want_bitmap) = (vec![0; m * k], vec![0.0; m], vec![0; k.div_ceil(32)]);
+                let (mut want, mut want_stats, mut want_bitmap) =
+                    (vec![0; m * k], vec![0.0; m], vec![0; k.div_ceil(32)]);
                 reference::quantize_rows(values, k, threshold, &mut want, &mut want_stats, Some(&mut want_bitmap));
                 for instructions in Instructions::available() {
                     let (mut got, mut stats, mut bitmap) = (want.clone(), want_stats.clone(), want_bitmap.clone());
-                    cpu::quantize_rows(instructions, values, k, threshold, &mut got, &mut stats, Some(&mut bitmap)).unwrap();
+                    cpu::quantize_rows(instructions, values, k, threshold, &mut got, &mut stats, Some(&mut bitmap))
+                        .unwrap();
                     assert_eq!((got, bitmap), (want.clone(), want_bitmap.clone()));
                     assert_same(&stats, &want_stats);
                 }
@@ -160,7 +164,14 @@ fn layers_with_columns_in_floating_point_are_close_to_exact_arithmetic() {
 }
 
 /// A whole layer in fp64 on the quantized operands, and how far an fp32 computation may be off.
-fn exact<T: Element>(x: &[T], b: &[i8], (m, n, k): (usize, usize, usize), stats: &[f32], threshold: f32, bias: Option<&[T]>) -> Vec<(f64, f64)> {
+fn exact<T: Element>(
+    x: &[T],
+    b: &[i8],
+    (m, n, k): (usize, usize, usize),
+    stats: &[f32],
+    threshold: f32,
+    bias: Option<&[T]>,
+) -> Vec<(f64, f64)> {
     let (mut a, mut rows, mut bitmap) = (vec![0; m * k], vec![0.0; m], vec![0; k.div_ceil(32)]);
     reference::quantize_rows(x, k, threshold, &mut a, &mut rows, Some(&mut bitmap));
     let mut results = Vec::new();
@@ -206,7 +217,10 @@ fn layers<T: Element + Bits>() {
                 for (got, (want, size)) in got.iter().zip(&want) {
                     let bound = (k + 6) as f64 * 2f64.powi(-24) * size + unit * want.abs() * 1.01 + 1e-7;
                     let off = (f64::from(got.to_f32()) - want).abs();
-                    assert!(off <= bound, "{instructions:?} {m} x {n} x {k} threshold {threshold}: off by {off}, not {bound}");
+                    assert!(
+                        off <= bound,
+                        "{instructions:?} {m} x {n} x {k} threshold {threshold}: off by {off}, not {bound}"
+                    );
                 }
             }
         }

@@ -7,6 +7,9 @@ mod errors;
 mod four_bit;
 mod groups;
 mod info;
+mod int8;
+#[cfg(feature = "cuda")]
+mod int8_cuda;
 mod openmp;
 mod search;
 
@@ -24,6 +27,12 @@ mod _native {
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+    #[pymodule_export]
+    use super::int8::{
+        int8_column_stats, int8_dequantize_rows, int8_levels, int8_linear, int8_linear_workspace, int8_matmul,
+        int8_matmul_int32, int8_mm_dequant, int8_outlier_bitmap, int8_outlier_columns, int8_quantize_columns,
+        int8_quantize_rows, int8_zero_columns,
+    };
     #[pymodule_export]
     use super::search::encode_4bit;
 }

@@ -97,8 +97,8 @@ pub fn scaled_into<T: Element>(
 
 /// The same, with the columns in the bitmap `outliers` in floating point: `x` itself takes the place of its codes there, whether
 /// those are 0 or not.
-pub fn mixed_into<T: Element>(
-    x: &[T],
+pub fn mixed_into<X: Element, T: Element>(
+    x: &[X],
     a: &[i8],
     b: &[i8],
     mnk: (usize, usize, usize),
