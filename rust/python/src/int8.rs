@@ -511,6 +511,17 @@ pub(crate) fn int8_linear(
     bias: Option<&Bound<'_, PyAny>>,
     threshold: f32,
 ) -> PyResult<()> {
+    layer(py, [x, w, col_stats, out], workspace, bias, threshold)
+}
+
+/// [`int8_linear`] of `x`, `w`, `col_stats` and `out`. The type of the workspace does not matter.
+pub(crate) fn layer(
+    py: Python<'_>,
+    [x, w, col_stats, out]: [&Bound<'_, PyAny>; 4],
+    workspace: Option<&Bound<'_, PyAny>>,
+    bias: Option<&Bound<'_, PyAny>>,
+    threshold: f32,
+) -> PyResult<()> {
     let x = TensorRef::new("x", x)?;
     let w = TensorRef::new("w", w)?;
     let col_stats = TensorRef::new("col_stats", col_stats)?;
@@ -534,7 +545,6 @@ pub(crate) fn int8_linear(
         if let Some(workspace) = &workspace {
             check_together(place, &[workspace])?;
             expect_outputs(&[workspace])?;
-            workspace.expect_u8()?;
         }
         Ok((dtype, place, shape))
     };

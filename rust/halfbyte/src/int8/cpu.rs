@@ -331,10 +331,13 @@ fn gather<X: Element>(level: Level, x: &[X], a: &[i8], k: usize, stats: &[f32], 
     let mut values = vec![0.0; stats.len() * count];
     if count > 0 {
         let rows = share(stats.len(), GRAIN / k);
-        let tasks = x.chunks(rows * k).zip(a.chunks(rows * k)).zip(stats.chunks(rows)).zip(values.chunks_mut(rows * count));
+        let tasks =
+            x.chunks(rows * k).zip(a.chunks(rows * k)).zip(stats.chunks(rows)).zip(values.chunks_mut(rows * count));
         for_each_task(tasks.collect(), |(((x, a), stats), values)| {
             let mut wide = vec![0.0; k];
-            for (((x, a), &stat), values) in x.chunks_exact(k).zip(a.chunks_exact(k)).zip(stats).zip(values.chunks_exact_mut(count)) {
+            for (((x, a), &stat), values) in
+                x.chunks_exact(k).zip(a.chunks_exact(k)).zip(stats).zip(values.chunks_exact_mut(count))
+            {
                 widen(level, x, &mut wide);
                 for (value, &column) in values.iter_mut().zip(&columns) {
                     *value = reference::residual(wide[column], a[column], stat);

@@ -184,7 +184,9 @@ unsafe fn panel<D: Dot, F>(
                 unsafe { tile::<D, 1>(ones.as_ptr(), 0, quad(at), depth, &mut total[at..]) };
             }
             for sums in sums.chunks_exact_mut(PANEL).take(rows) {
-                sums.iter_mut().zip(&total).for_each(|(sum, total)| *sum = sum.wrapping_sub(total.wrapping_mul(D::BIAS)));
+                sums.iter_mut()
+                    .zip(&total)
+                    .for_each(|(sum, total)| *sum = sum.wrapping_sub(total.wrapping_mul(D::BIAS)));
             }
         }
         let mut i = 0;
@@ -212,6 +214,40 @@ unsafe fn panel<D: Dot, F>(
     }
 }
 
+/// A vector of each of `M` rows, `stride` apart.
+///
+/// # Safety
+/// As [`Dot::left`].
+#[inline(always)]
+unsafe fn lefts<D: Dot, const M: usize>(left: *const D::Left, stride: usize) -> [D::A; M] {
+    // Here and in what follows are neither closures, which are compiled without the caller's instructions, nor iterators, of
+    // which parts may stay calls: either would keep the vectors in memory.
+    // SAFETY: passed on.
+    unsafe {
+        let mut vectors = [D::left(left); M];
+        let mut i = 1;
+        while i < M {
+            vectors[i] = D::left(left.add(i * stride));
+            i += 1;
+        }
+        vectors
+    }
+}
+
+/// Adds the products of `M` vectors with four to the sums.
+///
+/// # Safety
+/// As [`Dot::dot`].
+#[inline(always)]
+unsafe fn dots<D: Dot, const M: usize>(tile: &mut [[D::Sum; QUAD]; M], a: &[D::A; M], j: usize, b: D::B) {
+    let mut i = 0;
+    while i < M {
+        // SAFETY: passed on.
+        tile[i][j] = unsafe { D::dot(tile[i][j], a[i], b) };
+        i += 1;
+    }
+}
+
 /// Adds `M × QUAD` dot products over `depth` columns to `sums`, whose rows are PANEL apart.
 ///
 /// # Safety
@@ -231,27 +267,27 @@ unsafe fn tile<D: Dot, const M: usize>(
         let mut tile = [[D::zero(); QUAD]; M];
         let mut k = 0;
         while k + D::STEP <= depth {
-            let a: [D::A; M] = array::from_fn(|i| D::left(left.add(i * stride + k)));
-            for (j, right) in right.iter().enumerate() {
-                let b = D::right(right.add(k));
-                for (tile, &a) in tile.iter_mut().zip(&a) {
-                    tile[j] = D::dot(tile[j], a, b);
-                }
-            }
+            let a = lefts::<D, M>(left.add(k), stride);
+            dots::<D, M>(&mut tile, &a, 0, D::right(right[0].add(k)));
+            dots::<D, M>(&mut tile, &a, 1, D::right(right[1].add(k)));
+            dots::<D, M>(&mut tile, &a, 2, D::right(right[2].add(k)));
+            dots::<D, M>(&mut tile, &a, 3, D::right(right[3].add(k)));
             k += D::STEP;
         }
         if k < depth {
-            let a: [D::A; M] = array::from_fn(|i| D::left(left.add(i * stride + k)));
-            for (j, right) in right.iter().enumerate() {
-                let b = D::right_some(right.add(k), depth - k);
-                for (tile, &a) in tile.iter_mut().zip(&a) {
-                    tile[j] = D::dot(tile[j], a, b);
-                }
-            }
+            let (a, some) = (lefts::<D, M>(left.add(k), stride), depth - k);
+            dots::<D, M>(&mut tile, &a, 0, D::right_some(right[0].add(k), some));
+            dots::<D, M>(&mut tile, &a, 1, D::right_some(right[1].add(k), some));
+            dots::<D, M>(&mut tile, &a, 2, D::right_some(right[2].add(k), some));
+            dots::<D, M>(&mut tile, &a, 3, D::right_some(right[3].add(k), some));
         }
-        for (i, &tile) in tile.iter().enumerate() {
-            let totals = D::totals(tile);
-            sums[i * PANEL..][..QUAD].iter_mut().zip(totals).for_each(|(sum, total)| *sum = sum.wrapping_add(total));
+        let mut i = 0;
+        while i < M {
+            let totals = D::totals(tile[i]);
+            for (sum, total) in sums[i * PANEL..][..QUAD].iter_mut().zip(totals) {
+                *sum = sum.wrapping_add(total);
+            }
+            i += 1;
         }
     }
 }
@@ -292,12 +328,28 @@ unsafe fn float_panel<D: Dot, F>(
                 match (some, D::Floats::N) {
                     (4, 16) => float_tile::<D::Floats, 4, 3>(values, count, gathered, columns.len(), sums),
                     (2, 8) => float_tile::<D::Floats, 2, 6>(values, count, gathered, columns.len(), sums),
-                    (_, 16) => (0..some).for_each(|r| {
-                        float_tile::<D::Floats, 1, 3>(&values[r * count..], count, gathered, columns.len(), &mut sums[r * PANEL..]);
-                    }),
-                    _ => (0..some).for_each(|r| {
-                        float_tile::<D::Floats, 1, 6>(&values[r * count..], count, gathered, columns.len(), &mut sums[r * PANEL..]);
-                    }),
+                    (_, 16) => {
+                        for r in 0..some {
+                            float_tile::<D::Floats, 1, 3>(
+                                &values[r * count..],
+                                count,
+                                gathered,
+                                columns.len(),
+                                &mut sums[r * PANEL..],
+                            );
+                        }
+                    }
+                    _ => {
+                        for r in 0..some {
+                            float_tile::<D::Floats, 1, 6>(
+                                &values[r * count..],
+                                count,
+                                gathered,
+                                columns.len(),
+                                &mut sums[r * PANEL..],
+                            );
+                        }
+                    }
                 }
             }
             i += some;
@@ -324,12 +376,21 @@ unsafe fn float_tile<L: Lanes, const M: usize, const V: usize>(
     unsafe {
         let mut tile = [[L::zero(); V]; M];
         for j in 0..depth {
-            let w: [L; V] = array::from_fn(|v| L::load(weights.as_ptr().add(j * PANEL + v * L::N)));
-            for (i, tile) in tile.iter_mut().enumerate() {
+            let mut w = [L::zero(); V];
+            let mut v = 0;
+            while v < V {
+                w[v] = L::load(weights.as_ptr().add(j * PANEL + v * L::N));
+                v += 1;
+            }
+            let mut i = 0;
+            while i < M {
                 let value = L::splat(values.as_ptr().add(i * stride + j));
-                for (sum, &w) in tile.iter_mut().zip(&w) {
-                    *sum = value.fma(w, *sum);
+                let mut v = 0;
+                while v < V {
+                    tile[i][v] = value.fma(w[v], tile[i][v]);
+                    v += 1;
                 }
+                i += 1;
             }
         }
         for (i, tile) in tile.iter().enumerate() {

@@ -48,7 +48,10 @@ pub fn zero_columns(codes: &mut [i8], k: usize, outliers: &[u32]) -> Result<()> 
 /// The columns in a bitmap, rising.
 pub fn columns_of(outliers: &[u32], k: usize) -> Vec<usize> {
     let words = outliers.iter().enumerate().filter(|&(_, &word)| word != 0);
-    words.flat_map(|(i, &word)| (0..32).filter(move |bit| word >> bit & 1 == 1).map(move |bit| i * 32 + bit)).filter(|&c| c < k).collect()
+    words
+        .flat_map(|(i, &word)| (0..32).filter(move |bit| word >> bit & 1 == 1).map(move |bit| i * 32 + bit))
+        .filter(|&c| c < k)
+        .collect()
 }
 
 /// The bitmap of `columns`; those that are no column are passed over.
@@ -153,7 +156,8 @@ fn check_rows_of(argument: &'static str, len: usize, k: usize) -> Result<()> {
 
 /// The product of two sizes, for an error where it overflows.
 fn area(argument: &'static str, rows: usize, columns: usize) -> Result<usize> {
-    rows.checked_mul(columns).ok_or_else(|| Error::shape(argument, "a size that fits in memory", format!("[{rows}, {columns}]")))
+    rows.checked_mul(columns)
+        .ok_or_else(|| Error::shape(argument, "a size that fits in memory", format!("[{rows}, {columns}]")))
 }
 
 fn check_threshold(threshold: f32) -> Result<()> {
@@ -173,13 +177,7 @@ fn check_rows(x: usize, k: usize, threshold: f32, codes: usize, stats: usize, ou
 }
 
 /// What every product checks.
-fn check_product(
-    (m, n, k): (usize, usize, usize),
-    a: usize,
-    b: usize,
-    bias: Option<usize>,
-    out: usize,
-) -> Result<()> {
+fn check_product((m, n, k): (usize, usize, usize), a: usize, b: usize, bias: Option<usize>, out: usize) -> Result<()> {
     check_len("a", a, area("a", m, k)?)?;
     check_len("b", b, area("b", n, k)?)?;
     check_len("out", out, area("out", m, n)?)?;

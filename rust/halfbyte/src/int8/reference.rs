@@ -18,7 +18,10 @@ pub fn is_outlier(v: f32, threshold: f32) -> bool {
 
 /// The largest magnitude of those that are no outliers; NaN if there is one, 0 if there are none.
 pub fn stat_of(values: impl Iterator<Item = f32>, threshold: f32) -> f32 {
-    values.filter(|&v| !is_outlier(v, threshold)).map(f32::abs).fold(0.0, |most, v| if v > most || v.is_nan() { v } else { most })
+    values
+        .filter(|&v| !is_outlier(v, threshold))
+        .map(f32::abs)
+        .fold(0.0, |most, v| if v > most || v.is_nan() { v } else { most })
 }
 
 /// The code of `v` in a row (or column) whose statistic is `stat`: `v · (127 / stat)`, rounded to nearest even and limited to
