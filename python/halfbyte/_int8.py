@@ -123,8 +123,8 @@ def matmul(
     A
         Activations ``[..., K]``, fp32, fp16 or bf16.
     B
-        Weight ``[N, K]``, in floating point or the codes of `state`, also as the transpose of a ``[K, N]`` one. Where the
-        state has codes and ``has_fp16_weights`` is False, those count and `B` is not looked at.
+        Weight ``[N, K]``, in floating point or the codes of `state`, also as the transpose of a ``[K, N]`` one. Where
+        the state has codes and ``has_fp16_weights`` is False, those count and `B` is not looked at.
     out
         Where to write the result, ``[..., N]`` of A's dtype. No gradient then.
     state
@@ -147,10 +147,10 @@ def matmul(
 
     Notes
     -----
-    Gradients reach `A`, `bias` and a `B` in floating point that requires one. On CUDA the weight's gradient is a product of
-    8-bit integers, except for outliers; on the CPU it is exact, and activations are not quantized while
-    ``state.is_training``, as in bitsandbytes. A row with a NaN, and one with an infinity where there is no threshold, is
-    NaN; with a threshold an infinity is an outlier and multiplied as such.
+    Gradients reach `A`, `bias` and a `B` in floating point that requires one. On CUDA the weight's gradient is a
+    product of 8-bit integers, except for outliers; on the CPU it is exact, and activations are not quantized while
+    ``state.is_training``, as in bitsandbytes. A row with a NaN, and one with an infinity where there is no threshold,
+    is NaN; with a threshold an infinity is an outlier and multiplied as such.
     """
     state = MatmulLtState() if state is None else state
     if threshold > 0:
@@ -190,13 +190,14 @@ def matmul_as_is(A: Tensor, B: Tensor, state: MatmulLtState, bias: Tensor | None
     if not needs_grad and not dense and ops.is_eager(A):
         return int8_ops.run_linear(A, codes, stats, bias, float(state.threshold))
     if dense:
-        return _called("int8_linear_dense", A, codes, stats, bias)
-    if needs_grad and state.threshold > 0 and not _compiling():
+        result = _called("int8_linear_dense", A, codes, stats, bias)
+    elif needs_grad and state.threshold > 0 and not _compiling():
         result, bitmap = _called("int8_linear_outliers", A, codes, stats, bias, float(state.threshold))
         if ops.is_eager(bitmap):
             state.record(bitmap, A.shape[-1])
-        return result
-    return _called("int8_linear", A, codes, stats, bias, float(state.threshold))
+    else:
+        result = _called("int8_linear", A, codes, stats, bias, float(state.threshold))
+    return result
 
 
 def _called(name: str, *arguments: Any) -> Any:

@@ -1,8 +1,8 @@
-"""``torch.ops.halfbyte`` operations of LLM.int8(): schema, implementation, fake and autograd, as in :mod:`halfbyte.ops`.
+"""The operations of LLM.int8() in ``torch.ops.halfbyte``: schema, implementation, fake and autograd.
 
 ==============================  ======================================================================================
-``int8_linear``                 a whole layer: ``A [..., K]`` quantized by rows, times codes ``[N, K]``ᵀ, outlier columns
-                                in floating point, + bias → ``[..., N]``; gradient to `A` and `bias`
+``int8_linear``                 a whole layer: ``A [..., K]`` quantized by rows, times codes ``[N, K]``ᵀ, outlier
+                                columns in floating point, + bias → ``[..., N]``; gradient to `A` and `bias`
 ``int8_linear_outliers``        the same, and the bitmap of outlier columns
 ``int8_linear_dense``           the same layer with unquantized activations
 ``int8_linear_grad_input``      ``grad [..., N]`` × dequantized codes → ``[..., K]``; the backward of those above
@@ -15,8 +15,8 @@
 ``int8_mm_dequant``             int32 ``[..., N]``, scaled to floating point, + bias
 ==============================  ======================================================================================
 
-The first four have static shapes, wait for nothing and can be captured in a CUDA graph. ``outlier_cols`` of the others has a
-size that depends on the data, so making it waits for the device.
+The first four have static shapes, wait for nothing and can be captured in a CUDA graph. ``outlier_cols`` of the others
+has a size that depends on the data, so making it waits for the device.
 """
 
 # ruff: noqa: ARG001  # fakes and autograd functions take what their op takes
@@ -536,7 +536,7 @@ def _(
 
 
 # ---- autograd: gradients go through a layer to A and bias. Codes and statistics are saved as they are; a dense weight
-# exists only inside the backward op. The gradient is that of the layer with unquantized activations, as in bitsandbytes.
+# exists only inside the backward op. The gradient is that of the layer with unquantized activations, as bitsandbytes'.
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

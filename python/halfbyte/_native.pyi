@@ -112,7 +112,7 @@ def int8_linear(
 ) -> None: ...
 def int8_levels() -> list[str]: ...
 def eager_linear_int8(layer: Any, x: Any, forward: Any | None = None) -> Any | None:
-    """Return the output of a ``Linear8bitLt`` in the plain case; None for any other, and nothing is written or set then.
+    """Return the output of a ``Linear8bitLt`` in the plain case; None for any other, and nothing is written then.
 
     With the class's `forward`, it is the call of the layer that is asked for, and hooks make it another case.
     """

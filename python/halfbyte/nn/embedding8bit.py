@@ -29,8 +29,8 @@ class Embedding8bit(torch.nn.Embedding):
 
     Notes
     -----
-    A float table loads (``load_state_dict``) before the move. The table is not trained, and saving it is not implemented,
-    as in bitsandbytes.
+    A float table loads (``load_state_dict``) before the move. The table is not trained, and saving it is not
+    implemented, as in bitsandbytes.
 
     Examples
     --------
@@ -52,7 +52,7 @@ class Embedding8bit(torch.nn.Embedding):
         self.dtype = self.weight.dtype
         self.weight = Int8Params(self.weight.data, requires_grad=False, has_fp16_weights=False)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:  # noqa: ARG002
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
         raise NotImplementedError("Saving an Embedding8bit is not implemented")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding8bit:

@@ -46,13 +46,13 @@ class Linear8bitLt(torch.nn.Linear):
 
     Notes
     -----
-    The gradient goes to the input and the bias, and to a weight with ``has_fp16_weights``. No outlier is looked for by the
-    host: a forward pass waits for nothing, can be captured in a CUDA graph and compiles with ``fullgraph=True``. On the
-    CPU, a layer in training mode does not quantize its input.
+    The gradient goes to the input and the bias, and to a weight with ``has_fp16_weights``. The host looks for no
+    outlier: a forward pass waits for nothing, can be captured in a CUDA graph and compiles with ``fullgraph=True``. On
+    the CPU, a layer in training mode does not quantize its input.
 
     State dicts have bitsandbytes' keys, ``weight`` (int8), ``SCB``, ``weight_format`` and ``bias``, and load into
-    quantized and meta layers, before and after a forward pass; a float weight loads as well, and is quantized if the layer
-    was.
+    quantized and meta layers, before and after a forward pass; a float weight loads as well, and is quantized if the
+    layer was.
 
     Examples
     --------
