@@ -2,6 +2,7 @@
 
 mod dlpack;
 mod eager;
+mod eager_int8;
 mod eight_bit;
 mod errors;
 mod four_bit;
@@ -19,6 +20,8 @@ use pyo3::prelude::*;
 mod _native {
     #[pymodule_export]
     use super::eager::{eager_linear_4bit, eager_matmul_4bit};
+    #[pymodule_export]
+    use super::eager_int8::eager_linear_int8;
     #[pymodule_export]
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
     #[pymodule_export]

@@ -5,9 +5,11 @@
 mod context;
 mod error;
 mod kernel;
+mod tensor_map;
 
 pub use context::{Device, capture_of, device, device_count, driver_version};
 pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
+pub use tensor_map::{TensorMap, byte_matrix};
 
 use std::ffi::c_void;
 
