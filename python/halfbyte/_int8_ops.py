@@ -254,7 +254,7 @@ def run_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
 # ---- products
 
 ops._define("int8_linear_matmul(Tensor A, Tensor B) -> Tensor")
-ops._define("int8_linear_matmul.out(Tensor A, Tensor B, *, Tensor(a!) out) -> Tensor(a!)")
+ops._define("int8_linear_matmul.out(Tensor A, Tensor B, Tensor(a!) out) -> ()")
 ops._define(
     "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
     "ScalarType? dtype=None) -> Tensor"
@@ -298,11 +298,6 @@ def run_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
     """Multiply codes; see the module's table."""
     _check_codes(A, B)
     out = torch.empty(_product_shape(A, B), dtype=torch.int32, device=A.device)
-    linear_matmul_into(A, B, out)
-    return out
-
-
-def _run_linear_matmul_out(A: Tensor, B: Tensor, *, out: Tensor) -> Tensor:
     linear_matmul_into(A, B, out)
     return out
 
@@ -420,7 +415,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "int8_double_quant": run_double_quant,
     "int8_vectorwise_dequant": run_vectorwise_dequant,
     "int8_linear_matmul": run_linear_matmul,
-    "int8_linear_matmul.out": _run_linear_matmul_out,
+    "int8_linear_matmul.out": linear_matmul_into,
     "int8_scaled_mm": run_scaled_mm,
     "int8_mixed_scaled_mm": run_mixed_scaled_mm,
     "int8_mm_dequant": run_mm_dequant,
@@ -489,9 +484,8 @@ def _(A: Tensor, B: Tensor) -> Tensor:
 
 
 @ops._fake("int8_linear_matmul.out")
-def _(A: Tensor, B: Tensor, *, out: Tensor) -> Tensor:
+def _(A: Tensor, B: Tensor, out: Tensor) -> None:
     _check_codes(A, B)
-    return out
 
 
 @ops._fake("int8_scaled_mm")

@@ -51,7 +51,7 @@ pub(super) fn row_stat<T: Element>(x: &[T], threshold: f32, outliers: Option<&mu
 /// The codes of a row with the statistic `stat`; outliers get 0. Without a threshold, `threshold` is infinite.
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn encode_row<T: Element>(x: &[T], stat: f32, threshold: f32, codes: &mut [i8]) {
-    let factor = MOST / stat;
+    let factor = reference::factor(stat);
     let whole = x.len() - x.len() % 8;
     if factor.is_infinite() {
         // A statistic of 0, or nearly.

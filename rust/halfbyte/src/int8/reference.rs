@@ -24,12 +24,17 @@ pub fn stat_of(values: impl Iterator<Item = f32>, threshold: f32) -> f32 {
         .fold(0.0, |most, v| if v > most || v.is_nan() { v } else { most })
 }
 
+/// What values are multiplied with: a reciprocal and a product, each rounded, as torch divides a number by a tensor.
+pub fn factor(stat: f32) -> f32 {
+    1.0 / stat * MOST
+}
+
 /// The code of `v` in a row (or column) whose statistic is `stat`: `v · (127 / stat)`, rounded to nearest even and limited to
 /// ±127; 0 where that is not a number, as in all-zero rows and those with a NaN or an infinity.
 ///
 /// Where the quotient overflows (statistics below 4e-37, which fp16 does not have) `v / stat · 127` takes its place.
 pub fn code(v: f32, stat: f32) -> i8 {
-    let factor = MOST / stat;
+    let factor = factor(stat);
     let scaled = if factor.is_infinite() { v / stat * MOST } else { v * factor };
     // A float-to-integer cast makes 0 of NaN.
     scaled.round_ties_even().clamp(-MOST, MOST) as i8
