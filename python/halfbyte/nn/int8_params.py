@@ -133,7 +133,9 @@ class Int8Params(torch.nn.Parameter):
     # ---- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "data": self.data, "requires_grad": self.requires_grad}
+        # The codes are the data, once.
+        codes = {"CB": self.CB is not None}
+        return {**self.__dict__, **codes, "data": self.data, "requires_grad": self.requires_grad}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attributes = dict(state)
@@ -142,8 +144,7 @@ class Int8Params(torch.nn.Parameter):
         self.data = data
         self.requires_grad_(requires_grad)
         self.__dict__.update(attributes)
-        if self.CB is not None:
-            self.CB = self.data
+        self.CB = self.data if attributes["CB"] is not False and attributes["CB"] is not None else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self),), self.__getstate__()

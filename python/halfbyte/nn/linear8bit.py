@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -135,9 +136,7 @@ class Linear8bitLt(torch.nn.Linear):
         bias = self.bias
         if _compiling():
             # A traced forward changes no attribute.
-            if not state.has_fp16_weights and state.CB is None and isinstance(weight, Int8Params):
-                state = _view(state, weight)
-            return matmul(x, weight, state=state, bias=bias)
+            return matmul(x, weight, state=self._view(), bias=bias)
         if not self._dense(x):
             result = _eager(self, x)
             if result is not None:
@@ -152,6 +151,15 @@ class Linear8bitLt(torch.nn.Linear):
             # As in bitsandbytes, whose users look at it: from here on the bias has the dtype of the input.
             bias.data = bias.data.to(x.dtype)
         return matmul(x, weight, state=state, bias=bias)
+
+    def _view(self) -> MatmulLtState:
+        """Return a state as a call would find it."""
+        state, weight = self.state, self.weight
+        view = MatmulLtState(CB=state.CB, SCB=state.SCB)
+        if view.CB is None and isinstance(weight, Int8Params):
+            view.CB, view.SCB = weight.CB, weight.SCB
+        view.threshold, view.has_fp16_weights, view.is_training = state.threshold, state.has_fp16_weights, self.training
+        return view
 
     def _quantize_here(self, weight: Any) -> None:
         """Give the state codes of a weight that never moved: a plain parameter, tied to another layer's."""
@@ -175,6 +183,24 @@ class Linear8bitLt(torch.nn.Linear):
         else:
             state.reset_grads()
         return cast("Linear8bitLt", moved)
+
+    # ---- copies: the codes of a quantized weight are there once
+
+    def __getstate__(self) -> dict[str, Any]:
+        attributes = dict(self.__dict__)
+        weight = self._parameters.get("weight")
+        if isinstance(weight, Int8Params) and weight.CB is not None and weight.CB is self.state.CB:
+            attributes["state"] = copy.copy(self.state)
+            attributes["state"].reset_grads()
+            attributes["_with_codes"] = True
+        return attributes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attributes = dict(state)
+        with_codes = attributes.pop("_with_codes", False)
+        super().__setstate__(attributes)
+        if with_codes:
+            self.init_8bit_state()
 
     # ---- state dicts
 
@@ -271,13 +297,6 @@ class Linear8bitLt(torch.nn.Linear):
 
 def _kind(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _view(state: MatmulLtState, weight: Int8Params) -> MatmulLtState:
-    """Return a state like `state` with the codes of `weight`."""
-    view = MatmulLtState(CB=weight.CB, SCB=weight.SCB)
-    view.threshold, view.has_fp16_weights, view.is_training = state.threshold, False, state.is_training
-    return view
 
 
 def apply_with_weight(module: Any, apply: Any, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
