@@ -198,7 +198,7 @@ class Linear8bitLt(torch.nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         attributes = dict(state)
         with_codes = attributes.pop("_with_codes", False)
-        super().__setstate__(attributes)
+        super().__setstate__(attributes)  # type: ignore[no-untyped-call]
         if with_codes:
             self.init_8bit_state()
 
