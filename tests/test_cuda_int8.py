@@ -16,9 +16,17 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Rounding of the output, and for fp32 the order of sums.
 TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 3e-6}
 # Rows: each kernel's tiles, full and not. Columns: whole stages, a part of one, and what only bytes can be read of.
-ROWS = [1, 3, 8, 9, 16, 17, 32, 33, 64, 100, 128, 129, 300]
-SHAPES = [(m, n, k) for m in ROWS for n, k in ((48, 128), (333, 1040), (130, 2064), (7, 99))]
-SHAPES += [(16, 14336, 4096), (1, 4096, 14336), (5, 4096, 16384), (257, 4096, 4096), (2100, 1000, 512), (16, 33000, 256)]
+ROWS = [1, 3, 8, 9, 17, 64, 100, 129, 300]
+SHAPES = [(m, n, k) for m in ROWS for n, k in ((333, 1040), (130, 2064), (7, 99))]
+SHAPES += [
+    (16, 14336, 4096),
+    (1, 4096, 14336),
+    (5, 4096, 16384),
+    (33, 48, 128),
+    (257, 4096, 4096),
+    (2100, 1000, 512),
+    (7, 33000, 256),
+]
 
 
 def rows(x: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -138,7 +146,10 @@ def test_layers(shape, dtype):
         wanted = expected(x, w, column_stats, bias, threshold)
         # What is left of 16-bit x beside its code is rounded to 16 bits too.
         scale = wanted.abs().amax(1, keepdim=True)
-        assert ((out.double() - wanted).abs() <= TOLERANCE[dtype] * (wanted.abs() + scale / 4)).all(), (columns, threshold)
+        assert ((out.double() - wanted).abs() <= TOLERANCE[dtype] * (wanted.abs() + scale / 4)).all(), (
+            columns,
+            threshold,
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -202,7 +213,11 @@ def test_columns_and_back():
         out = torch.empty(300, 77, dtype=dtype, device="cuda")
         _native.int8_dequantize_rows(codes, stats, out)
         assert torch.equal(out, (codes.float() * stats[:, None] * (1 / 127)).to(dtype))
-        sums, w_stats, bias = torch.randint(-(1 << 20), 1 << 20, (300, 77), dtype=torch.int32, device="cuda"), stats[:77], x[0]
+        sums, w_stats, bias = (
+            torch.randint(-(1 << 20), 1 << 20, (300, 77), dtype=torch.int32, device="cuda"),
+            stats[:77],
+            x[0],
+        )
         _native.int8_mm_dequant(sums, stats, w_stats, out, bias)
         wanted = sums.double() * stats.double()[:, None] * w_stats.double() / 127**2 + bias.double()
         torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE[dtype], atol=1e-2 * TOLERANCE[dtype] * 1e4)

@@ -1,4 +1,4 @@
-"""LLM.int8() as functions and torch operations: against plain torch and fp64, contracts, gradients and hostile input."""
+"""LLM.int8() as functions and operations: against plain torch and fp64, contracts, gradients and hostile input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Linear8bitLt, Int8Params, MatmulLtState, Embedding8bit, quantize_model: behaviour, checkpoints, moves, copies, training."""
+"""Linear8bitLt, Int8Params, MatmulLtState, Embedding8bit, quantize_model: checkpoints, moves, copies, training."""
 
 import copy
 import io
@@ -102,11 +102,11 @@ def test_outlier_columns_of_the_last_product_are_told(device):
 
 def test_unquantized_layers_say_what_to_do():
     module = Linear8bitLt(8, 4, has_fp16_weights=False)
-    with pytest.raises(ArgumentError, match="not quantized yet"):
+    with pytest.raises(ArgumentError, match=r"not quantized yet"):
         module(torch.randn(2, 8))
-    with pytest.raises(DtypeError, match="^A: "):
+    with pytest.raises(DtypeError, match=r"^A: "):
         layer()(torch.ones(2, 64, dtype=torch.int64))
-    with pytest.raises(ShapeError, match="^B: "):
+    with pytest.raises(ShapeError, match=r"^B: "):
         layer()(torch.ones(2, 63))
 
 
@@ -432,7 +432,7 @@ def test_embeddings_gather_rows(device, dtype, shape):
 
 
 def test_unquantized_embeddings_say_what_to_do():
-    with pytest.raises(ArgumentError, match="not quantized yet"):
+    with pytest.raises(ArgumentError, match=r"not quantized yet"):
         Embedding8bit(4, 4)(torch.tensor([1]))
 
 
@@ -457,7 +457,7 @@ def test_quantize_model_replaces_linear_layers(device):
 
 def test_quantize_model_checks_its_arguments():
     for options in ({"threshold": -1.0}, {"threshold": float("nan")}):
-        with pytest.raises(ArgumentError, match="^threshold"):
+        with pytest.raises(ArgumentError, match=r"^threshold"):
             hb.quantize_model(network(), "int8", **options)
     with pytest.raises(ArgumentError, match="quant_type"):
         hb.quantize_model(network(), "int4")

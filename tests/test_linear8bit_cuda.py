@@ -1,4 +1,4 @@
-"""LLM.int8() on CUDA: against the CPU on every size class, captured in graphs, on other streams, and without waiting."""
+"""8-bit layers on CUDA: near the CPU on every size class, captured in graphs, on other streams, without waiting."""
 
 import pytest
 import torch
