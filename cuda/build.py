@@ -86,9 +86,7 @@ FAMILIES += [
     Family(f"int8_mma_{name}", "int8_mma.cu", ("75", "80"), {"ELEMENT": element}) for name, element in OUTPUTS.items()
 ]
 FAMILIES += [
-    Family(
-        f"int8_wgmma_{name}_{tokens}", "int8_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)}
-    )
+    Family(f"int8_wgmma_{name}_{tokens}", "int8_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})
     for name, element in OUTPUTS.items()
     for tokens in (16, 32, 64, 128, 256)
     if (name, tokens) != ("f32", 256)  # registers for its outliers are not there

@@ -94,14 +94,16 @@ def experts(dtype: torch.dtype, code: torch.Tensor) -> None:
 
 def int8(dtype: torch.dtype) -> None:
     """LLM.int8: rows, columns, products by each kernel and whole layers, with no, some and only outlier columns."""
-    for m, n, k in ((1, 40, 256), (9, 333, 1040), (20, 48, 528), (70, 130, 144), (130, 300, 272), (300, 70, 128), (3, 7, 99)):
+    shapes = ((1, 40, 256), (9, 333, 1040), (20, 48, 528), (70, 130, 144), (130, 300, 272), (300, 70, 128), (3, 7, 99))
+    for m, n, k in shapes:
         x, w = torch.randn(m, k), torch.randint(-127, 128, (n, k), dtype=torch.int8).cuda()
         x[0, k // 2] = 30.0
         column_stats, bias = torch.rand(n).cuda(), torch.randn(n).to(dtype).cuda()
         q, out = torch.empty(m, k, dtype=torch.int8, device="cuda"), torch.empty(m, n, dtype=dtype, device="cuda")
         stats, sums = torch.empty(m, device="cuda"), torch.empty(m, n, dtype=torch.int32, device="cuda")
         outliers = torch.empty(-(-k // 32), dtype=torch.int32, device="cuda")
-        columns, count = torch.empty(k, dtype=torch.int64, device="cuda"), torch.empty(1, dtype=torch.int32, device="cuda")
+        columns = torch.empty(k, dtype=torch.int64, device="cuda")
+        count = torch.empty(1, dtype=torch.int32, device="cuda")
         for scale in (1.0, 1000.0):
             a = (x * scale).to(dtype).cuda()
             _native.int8_quantize_rows(a, q, stats, 6.0, outliers)
@@ -110,7 +112,8 @@ def int8(dtype: torch.dtype) -> None:
             _native.int8_matmul(q, stats, w, column_stats, out, bias, a, outliers)
             _native.int8_zero_columns(q, outliers)
             for threshold in (0.0, 6.0):
-                workspace = torch.empty(_native.int8_linear_workspace(a, n, threshold), dtype=torch.uint8, device="cuda")
+                size = _native.int8_linear_workspace(a, n, threshold)
+                workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
                 _native.int8_linear(a, w, column_stats, out, workspace, bias, threshold)
         _native.int8_quantize_rows(a, q, stats)
         _native.int8_matmul(q, stats, w, column_stats, out)

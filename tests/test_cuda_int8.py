@@ -1,4 +1,4 @@
-"""LLM.int8's kernels against what they mean, computed in fp64: every product exact, every size class, outliers or none."""
+"""LLM.int8's kernels against what they mean, in fp64: every product exact, every size class, outliers or none."""
 
 from __future__ import annotations
 

@@ -29,6 +29,13 @@ struct RowScale {
     DEVICE bool empty() const { return factor == 0.f; }
 };
 
+// Eight elements that a kernel before this one may have written while this one was already there: not by way of the read-only path.
+template <class T> DEVICE void load_written(Eight<T>& to, const T* from) { to.raw = *reinterpret_cast<const uint4*>(from); }
+template <> DEVICE void load_written<F32>(Eight<F32>& to, const F32* from) {
+    to.low = reinterpret_cast<const float4*>(from)[0];
+    to.high = reinterpret_cast<const float4*>(from)[1];
+}
+
 DEVICE u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }

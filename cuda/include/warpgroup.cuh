@@ -17,13 +17,6 @@ DEVICE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 
         "l"(&map), "r"(barrier), "r"(column), "r"(row)
         : "memory");
 }
-// The same to the same place, and counted on the same barrier, in every block of the cluster that is in `blocks`.
-DEVICE void copy_box_to(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row, u32 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(u16(blocks))
-        : "memory");
-}
 DEVICE void prefetch_box(const TensorMap& map, u32 column, u32 row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
 }
@@ -32,11 +25,6 @@ DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensorma
 // An arrival that also announces bytes of copies.
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Arrives at a barrier of any block of the cluster, by an address of map_to_block. What was read before is read when an MMA or a
-// load has given its result, so that this needs no fence of the cluster (which would be one of all memory).
-DEVICE void barrier_arrive_at(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Makes this thread's writes to shared memory visible to MMAs.
 DEVICE void fence_for_mma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -159,7 +159,7 @@ DEVICE void product(const u8* q, const u8* w, u32 M, u32 N, u32 K, const float* 
 }
 
 #define PRODUCT(tile)                                                                                                         \
-    KERNEL __launch_bounds__(BLOCK)                                                                                           \
+    KERNEL __launch_bounds__(BLOCK, 1)                                                                                        \
         matmul_int8_##tile(const u8* q, const u8* w, u32 M, u32 N, u32 K, const float* row_stats, const float* column_stats,  \
                            const Float* bias, ELEMENT* out, const void* x, u32 x_type, const u32* outliers) {                 \
         product<tile>(q, w, M, N, K, row_stats, column_stats, bias, out, x, x_type, outliers);                                \

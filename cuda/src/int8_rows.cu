@@ -48,7 +48,7 @@ DEVICE void quantize_row(const T* x, u32 K, float threshold, u8* q, float* stats
     for (int i = 0; i < V; ++i) {
         const u32 at = (i * blockDim.x + threadIdx.x) * 8;
         const float none[8] = {};
-        if (at < K) v[i].load(from + at);
+        if (at < K) load_written(v[i], from + at);
         else v[i].set(none);
         left_out[i] = 0;
     }

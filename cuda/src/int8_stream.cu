@@ -1,16 +1,19 @@
-// A whole 8-bit layer for M ≤ 16 in one launch, the weights as one stream: rows of x are quantized by every block for itself.
+// A whole 8-bit layer for M ≤ 8 in one launch, the weights as one stream: rows of x are quantized by every block for itself.
 //
 //   x [M, K], w int8 [N, K], column_stats [N], out [M, N]; K % 16 = 0, x and w at multiples of 16 bytes. From sm_90 on.
 //
 // A block owns `tiles` tiles of 16 weights, and goes through each along K in stages of 16 × 1024 bytes, so that memory is read row by
-// row. A warp fills the ring of stages by the tensor memory accelerator; 16 warps multiply, each its 64 bytes of K of a stage by
+// row. A warp fills the ring of stages by the tensor memory accelerator; 8 warps multiply, each its 128 bytes of K of a stage by
 // mma.m16n8k32 with the weights as the A operand. Sums of the warps are integers, so that they can be added in shared memory in any
 // order. Where tiles are few, the two blocks of a cluster have the same tiles and a half of K each.
 //
-// Before that, while the ring fills, the 16 warps find the largest magnitudes of x's rows and put its codes into shared memory
+// Before that, while the ring fills, the 8 warps find the largest magnitudes of x's rows and put its codes into shared memory
 // (every block all of them; M · K elements from the L2 weigh little beside its weights). Outliers (int8.cuh): columns that have one are
 // marked in a bitmap; three more warps list them and gather w's bytes and what x has left, WINDOW at a time, which the last step adds
 // in fp32.
+//
+// Programmatic dependent launch, as in int8_wgmma.cu: two blocks fit on a multiprocessor, so that the next launch's are there, and
+// fetch weights into the L2, while the last ones of this launch end.
 //
 // Bytes: N·K + 2·M·K (from the L2) a block + out.
 #include "int8.cuh"
@@ -20,10 +23,12 @@
 #error "compile with -DELEMENT=Bf16, F16 or F32"
 #endif
 
-constexpr u32 WARPS = 16, THREADS = WARPS * WARP;  // that multiply
+constexpr u32 WARPS = 8, THREADS = WARPS * WARP;  // that multiply
 constexpr u32 HELPERS = 96, ALL_THREADS = THREADS + WARP + HELPERS;
 constexpr u32 TILE = 16, BLOCK_BYTES = TILE * 128, BLOCKS = 8, STAGE = BLOCKS * BLOCK_BYTES;
-constexpr u32 MOST_STAGES = 16, MOST_TOKENS = 16, OUTLIERS = 64;
+constexpr u32 MOST_STAGES = 16, MOST_TOKENS = 8, OUTLIERS = 64;
+
+constexpr u32 BATCH = sizeof(ELEMENT) == 2 ? 8 : 4;  // rows whose loads are under way together
 
 struct Turn {
     u32 stage = 0, parity = 0;
@@ -63,7 +68,6 @@ struct Room {
 
 // The largest magnitudes, and the bitmap.
 DEVICE void find_maxima(const Layer& p, const Room& room, u32 thread) {
-    constexpr u32 BATCH = sizeof(ELEMENT) == 2 ? 8 : 4;
     const bool marks = p.threshold == p.threshold;
     for (u32 m0 = 0; m0 < p.M; m0 += BATCH) {
         u32 largest[BATCH] = {};
@@ -71,7 +75,7 @@ DEVICE void find_maxima(const Layer& p, const Room& room, u32 thread) {
             Eight<ELEMENT> v[BATCH];
 #pragma unroll
             for (u32 i = 0; i < BATCH; ++i)
-                if (m0 + i < p.M) v[i].load(p.x + u64(m0 + i) * p.K + k);
+                if (m0 + i < p.M) load_written(v[i], p.x + u64(m0 + i) * p.K + k);
 #pragma unroll
             for (u32 i = 0; i < BATCH; ++i) {
                 if (m0 + i >= p.M) break;
@@ -100,23 +104,26 @@ DEVICE void find_maxima(const Layer& p, const Room& room, u32 thread) {
     }
 }
 
-// Codes of columns [part, end).
+// Codes of columns [part, end). Loads of several rows come first, so that they do not wait for each other.
 DEVICE void quantize(const Layer& p, const Room& room, u32 end, u32 thread) {
     const u32 vectors = (end - room.part) / 8;
-    for (u32 m = 0; m < p.M; ++m) {
-        const RowScale scale(as_float(room.maxima[m]));
+    for (u32 m0 = 0; m0 < p.M; m0 += BATCH)
         for (u32 i = thread; i < vectors; i += THREADS) {
-            Eight<ELEMENT> v;
-            v.load(p.x + u64(m) * p.K + room.part + i * 8);
-            auto code = [&](int j) {
-                const float e = v.get(j);
-                return scale.quantize(is_outlier(e, p.threshold) ? 0.f : e);
-            };
-            uint2 packed = make_uint2(pack_bytes(code(0), code(1), code(2), code(3)), pack_bytes(code(4), code(5), code(6), code(7)));
-            if (scale.empty()) packed = make_uint2(0, 0);
-            *reinterpret_cast<uint2*>(room.codes + m * room.pitch + i * 8) = packed;
+            Eight<ELEMENT> v[BATCH];
+#pragma unroll
+            for (u32 j = 0; j < BATCH; ++j)
+                if (m0 + j < p.M) load_written(v[j], p.x + u64(m0 + j) * p.K + room.part + i * 8);
+#pragma unroll
+            for (u32 j = 0; j < BATCH; ++j) {
+                if (m0 + j >= p.M) break;
+                const RowScale scale(as_float(room.maxima[m0 + j]));
+                auto code = [&](int e) { return scale.quantize(is_outlier(v[j].get(e), p.threshold) ? 0.f : v[j].get(e)); };
+                uint2 packed =
+                    make_uint2(pack_bytes(code(0), code(1), code(2), code(3)), pack_bytes(code(4), code(5), code(6), code(7)));
+                if (scale.empty()) packed = make_uint2(0, 0);
+                *reinterpret_cast<uint2*>(room.codes + (m0 + j) * room.pitch + i * 8) = packed;
+            }
         }
-    }
 }
 
 // Outlier columns [skip, skip + OUTLIERS) of `count`, by `threads` threads.
@@ -136,8 +143,7 @@ DEVICE void gather(const Layer& p, const Room& room, u32 n0, u32 skip, u32 count
     }
 }
 
-template <u32 COLUMNS>
-DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages) {
+DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages, u32 ahead) {
     extern __shared__ u8 dynamic[];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
     __shared__ u32 maxima[MOST_TOKENS];
@@ -153,7 +159,8 @@ DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages
     u8* const ring = dynamic + (0u - shared_address(dynamic) & 1023);
     Room room;
     room.rows = tiles * TILE;
-    room.pitch = steps * BLOCKS * 128 + 16;
+    // That of the longer part: both blocks of a cluster lay out their memory alike.
+    room.pitch = ((blocks + ranks - 1) / ranks + BLOCKS - 1) / BLOCKS * (BLOCKS * 128) + 16;
     room.part = first * 128;
     room.maxima = maxima;
     room.list = list;
@@ -169,7 +176,7 @@ DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages
         barrier_init_fence();
         // The first stages into the L2 only, where a late write to them would still be seen.
         if (lane == 0) prefetch_map(w_map);
-        for (u32 i = lane; i < stages * BLOCKS; i += WARP) {
+        for (u32 i = lane; i < ahead * BLOCKS; i += WARP) {
             const u32 step = i / BLOCKS, tile = step / steps, block = first + step % steps * BLOCKS + i % BLOCKS;
             if (tile < tiles && block < last) prefetch_box(w_map, block * 128, n0 + tile * TILE);
         }
@@ -216,45 +223,36 @@ DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages
         else named_barrier(1, THREADS);
         quantize(p, room, min(last * 128, p.K), thread);
         named_barrier(1, THREADS);
-        const u32 g = lane / 4, t = lane % 4, block = warp / 2;
+        const u32 g = lane / 4, t = lane % 4;
         // Of a matrix of 8 × 16 bytes each lane names a row: rows 0, 8 on, then 16 bytes further.
-        const u32 row = lane % 16, chunk = warp % 2 * 4 + lane / 16;
-        const u32 a_at = shared_address(ring) + block * BLOCK_BYTES + row * 128;
-        const u32 a0 = (chunk ^ row % 8) * 16, a1 = (chunk + 2 ^ row % 8) * 16;
-        const u8* codes[COLUMNS];
-#pragma unroll
-        for (u32 c = 0; c < COLUMNS; ++c) codes[c] = room.codes + (c * 8 + g < p.M ? c * 8 + g : 0) * room.pitch + warp * 64 + t * 4;
+        const u32 row = lane % 16, a_at = shared_address(ring) + warp * BLOCK_BYTES + row * 128;
+        const u8* const codes = room.codes + (g < p.M ? g : 0) * room.pitch + warp * 128 + t * 4;
         Turn turn;
 #pragma unroll 1
         for (u32 tile = 0; tile < tiles; ++tile) {
-            i32 sums[COLUMNS][4] = {};
+            i32 sums[4] = {};
 #pragma unroll 1
             for (u32 step = 0; step < steps; ++step) {
                 barrier_wait(full + turn.stage * 8, turn.parity);
-                if (first + step * BLOCKS + block < last) {
-                    const u32 at = a_at + turn.stage * STAGE;
-                    u32 a[2][4];
-                    load_matrices(a[0], at + a0), load_matrices(a[1], at + a1);
+                if (first + step * BLOCKS + warp < last) {
 #pragma unroll
-                    for (u32 h = 0; h < 2; ++h)
-#pragma unroll
-                        for (u32 c = 0; c < COLUMNS; ++c) {
-                            const u8* from = codes[c] + step * (BLOCKS * 128) + h * 32;
-                            const u32 b[2] = {*reinterpret_cast<const u32*>(from), *reinterpret_cast<const u32*>(from + 16)};
-                            mma_s8(sums[c], a[h], b);
-                        }
+                    for (u32 h = 0; h < 4; ++h) {
+                        u32 a[4];
+                        load_matrices(a, a_at + turn.stage * STAGE + (2 * h + lane / 16 ^ row % 8) * 16);
+                        const u8* from = codes + step * (BLOCKS * 128) + h * 32;
+                        const u32 b[2] = {*reinterpret_cast<const u32*>(from), *reinterpret_cast<const u32*>(from + 16)};
+                        mma_s8(sums, a, b);
+                    }
                 }
                 __syncwarp();
                 if (lane == 0) barrier_arrive(empty + turn.stage * 8);
                 turn.next(stages);
             }
 #pragma unroll
-            for (u32 c = 0; c < COLUMNS; ++c)
-#pragma unroll
-                for (u32 e = 0; e < 4; ++e) {
-                    const u32 m = c * 8 + 2 * t + e % 2;
-                    if (m < p.M) atomicAdd(room.sums + m * room.rows + tile * TILE + g + e / 2 * 8, sums[c][e]);
-                }
+            for (u32 e = 0; e < 4; ++e) {
+                const u32 m = 2 * t + e % 2;
+                if (m < p.M) atomicAdd(room.sums + m * room.rows + tile * TILE + g + e / 2 * 8, sums[e]);
+            }
         }
     }
     __syncthreads();
@@ -280,7 +278,7 @@ DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages
                 value = fmaf(left[c * MOST_TOKENS + m], byte_value(room.weights[c * room.rows + row], 0), value);
             if (is_last) {
                 const float added = p.bias == nullptr ? 0.f : to_float(p.bias[n]);
-                p.out[u64(m) * p.N + n] = from_float<ELEMENT>(fmaf(value, __ldg(p.column_stats + n) * (1.f / 127.f), added));
+                p.out[u64(m) * p.N + n] = from_float<ELEMENT>(fmaf(value, p.column_stats[n] * (1.f / 127.f), added));
             } else {
                 room.sums[i] = i32(as_bits(value));
             }
@@ -297,13 +295,12 @@ DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages
     if (ranks > 1) cluster_arrive(), cluster_wait();
 }
 
-#define STREAM(columns, tokens)                                                                                               \
-    KERNEL __launch_bounds__(ALL_THREADS, 1)                                                                                  \
-        linear_int8_##tokens(const __grid_constant__ TensorMap w_map,  /* boxes of 16 × 128 */                                \
-                             const ELEMENT* x, const u8* w, const float* column_stats, const ELEMENT* bias, ELEMENT* out, u32 M, \
-                             u32 N, u32 K, float threshold, u32 tiles, u32 stages) {                                          \
-        const Layer layer = {x, w, column_stats, bias, out, M, N, K, threshold};                                              \
-        stream<columns>(w_map, layer, tiles, stages);                                                                         \
-    }
-STREAM(1, 8)
-STREAM(2, 16)
+KERNEL __launch_bounds__(ALL_THREADS, 2)
+    linear_int8(const __grid_constant__ TensorMap w_map,  // boxes of 16 × 128
+                const ELEMENT* x, const u8* w, const float* column_stats, const ELEMENT* bias, ELEMENT* out, u32 M, u32 N, u32 K,
+                float threshold,  // NaN for none
+                u32 tiles, u32 stages,
+                u32 ahead) {  // stages that are fetched early
+    const Layer layer = {x, w, column_stats, bias, out, M, N, K, threshold};
+    stream(w_map, layer, tiles, stages, ahead);
+}

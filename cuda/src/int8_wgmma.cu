@@ -10,7 +10,8 @@
 //   three warps   gather outliers, if there are any (int8_tiles.cuh)
 //   1 or 2 groups multiply: 64 weights × TOKENS tokens each, sums in registers
 //
-// The blocks of a cluster have neighbouring tiles of weights and the same tokens: each fetches a part of the tokens for all of them.
+// Programmatic dependent launch: the first of the weights are fetched into the L2 (where a late write to them would still be seen)
+// before the kernel waits for the one ahead of it. Where a multiprocessor has room for two blocks, the next launch's are there by then.
 //
 // Bytes: N·K + M·K (a tile's from the L2 for each tile beside it) + out.
 #include "int8_tiles.cuh"
@@ -39,15 +40,15 @@ struct Problem {
 struct Tile { u32 weights, tokens; };  // where it begins
 
 struct Tiles {
-    u32 across, down, group, rows, ranks, rank;
-    DEVICE Tiles(const Problem& p, u32 ranks, u32 rank) : group(p.group), rows(p.rows), ranks(ranks), rank(rank) {
-        across = ((p.N + rows - 1) / rows + ranks - 1) / ranks;
+    u32 across, down, group, rows;
+    DEVICE explicit Tiles(const Problem& p) : group(p.group), rows(p.rows) {
+        across = (p.N + rows - 1) / rows;
         down = (p.M + TOKENS - 1) / TOKENS;
     }
     DEVICE u32 count() const { return across * down; }
     DEVICE Tile get(u32 i) const {
         const u32 first = i / (group * across) * group, inner = i % (group * across), width = min(group, down - first);
-        return {(inner / width * ranks + rank) * rows, (first + inner % width) * TOKENS};
+        return {inner / width * rows, (first + inner % width) * TOKENS};
     }
 };
 
@@ -123,7 +124,7 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
     u32 parity = 0;
     for (u32 i = first; i < tiles.count(); i += stride) {
         const Tile tile = tiles.get(i);
-        const u32 tokens = min(TOKENS, p.M - tile.tokens), weights = min(p.rows, p.N > tile.weights ? p.N - tile.weights : 0);
+        const u32 tokens = min(TOKENS, p.M - tile.tokens), weights = min(p.rows, p.N - tile.weights);
         auto left = [&](u32 token, u32 k) {
             const u64 at = u64(tile.tokens + token) * p.K + k;
             return residual(to_float(p.x[at]), byte_value(p.q[at], 0), p.row_stats[tile.tokens + token]);
@@ -141,15 +142,15 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
 
 KERNEL __launch_bounds__(384, 1)
     matmul_int8(const __grid_constant__ TensorMap w_map,  // boxes of `rows` × 128
-                const __grid_constant__ TensorMap q_map,  // boxes of TOKENS / blocks of a cluster × 128
+                const __grid_constant__ TensorMap q_map,  // boxes of TOKENS × 128
                 const float* row_stats, const float* column_stats, const Float* bias, ELEMENT* out, const Float* x, const u8* q,
-                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles) {
+                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles,
+                u32 ahead) {  // boxes of weights that are fetched early
     const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, M, N, K, rows, ring_stages, group_tiles};
     extern __shared__ u8 dynamic[];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + 3];
     __shared__ u32 outlier_count;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, groups = blockDim.x / 128 - 1;
-    const u32 ranks = cluster_size(), rank = cluster_rank();
     const u32 full = shared_address(barriers), empty = full + MOST_STAGES * 8, o_full = empty + MOST_STAGES * 8;
     const u32 o_empty = o_full + 8, listed = o_full + 16;
     u8* const ring = dynamic + (0u - shared_address(dynamic) & 1023);
@@ -159,12 +160,12 @@ KERNEL __launch_bounds__(384, 1)
     u8* const results = outliers_x + OUTLIERS_X;
     float* const scales = reinterpret_cast<float*>(results + 2 * RESULTS);
     u32* const list = reinterpret_cast<u32*>(scales + 2 * TOKENS);
-    const Tiles tiles(p, ranks, rank);
-    const u32 first = blockIdx.x / ranks, stride = gridDim.x / ranks;
+    const Tiles tiles(p);
+    const u32 first = blockIdx.x, stride = gridDim.x;
 
     let_dependents_start();
     if (warp == 0) {
-        if (lane < p.stages) barrier_init(full + lane * 8, 1), barrier_init(empty + lane * 8, ranks * groups * 4);
+        if (lane < p.stages) barrier_init(full + lane * 8, 1), barrier_init(empty + lane * 8, groups * 4);
         if (lane == 0) barrier_init(o_full, HELPERS), barrier_init(o_empty, groups * 4), barrier_init(listed, 1);
         barrier_init_fence();
     }
@@ -172,29 +173,26 @@ KERNEL __launch_bounds__(384, 1)
         // The weights' first stages, into the L2 only, where a late write to them would still be seen.
         prefetch_map(w_map), prefetch_map(q_map);
         const Tile tile = tiles.get(first);
-        for (u32 i = 0; i < min(p.stages, steps); ++i) prefetch_box(w_map, i * ROW, tile.weights);
+        for (u32 i = 0; i < min(ahead, steps); ++i) prefetch_box(w_map, i * ROW, tile.weights);
     }
     wait_for_predecessors();
     __syncthreads();
-    if (ranks > 1) cluster_arrive(), cluster_wait();
 
     if (warp >= groups * 4) {
         if constexpr (TOKENS == 256) fewer_registers<72>();
         if (warp == groups * 4) {
             if (lane == 0) {
-                const u32 to = shared_address(ring), q_at = p.rows * ROW + rank * (TOKENS / ranks) * ROW;
+                const u32 to = shared_address(ring);
                 Turn turn;
                 for (u32 i = first; i < tiles.count(); i += stride) {
                     const Tile tile = tiles.get(i);
-                    const u32 tokens = tile.tokens + rank * (TOKENS / ranks);
 #pragma unroll 1
                     for (u32 k = 0; k < steps; ++k) {
                         barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
                         const u32 barrier = full + turn.stage * 8, at = to + turn.stage * stage_bytes;
                         barrier_expect(barrier, stage_bytes);
                         copy_box(at, w_map, barrier, k * ROW, tile.weights);
-                        if (ranks == 1) copy_box(at + q_at, q_map, barrier, k * ROW, tokens);
-                        else copy_box_to(at + q_at, q_map, barrier, k * ROW, tokens, (1u << ranks) - 1);
+                        copy_box(at + p.rows * ROW, q_map, barrier, k * ROW, tile.tokens);
                         turn.next(p.stages);
                     }
                 }
@@ -206,7 +204,6 @@ KERNEL __launch_bounds__(384, 1)
         if constexpr (TOKENS == 256) more_registers<216>();
         const u32 group = warp / 4, thread = threadIdx.x % 128, g = lane / 4, t = lane % 4;
         const u32 a_at = shared_address(ring) + group * 64 * ROW, b_at = shared_address(ring) + p.rows * ROW;
-        const u32 released = map_to_block(empty, lane < ranks ? lane : 0);
         const u32 row = group * 64 + warp % 4 * 16 + g;
         float* const my_scales = scales + group * TOKENS;
         u32 count = 0, o_turn = 0;
@@ -232,13 +229,13 @@ KERNEL __launch_bounds__(384, 1)
                 for (u32 j = 0; j < ROW / 32; ++j) mma_s8<TOKENS>(sums, a + 2 * j, b + 2 * j);
                 mma_commit();
                 mma_wait<1>();
-                if (k > 0 && lane < ranks) barrier_arrive_at(released + before * 8);
+                if (k > 0 && lane == 0) barrier_arrive(empty + before * 8);
                 before = turn.stage;
                 turn.next(p.stages);
             }
             mma_wait<0>();
             pin(sums);
-            if (lane < ranks) barrier_arrive_at(released + before * 8);
+            if (lane == 0) barrier_arrive(empty + before * 8);
 
             const u32 end = min(p.N, tile.weights + p.rows);
             if constexpr (!SCALED) {
@@ -268,7 +265,7 @@ KERNEL __launch_bounds__(384, 1)
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
                     const bool valid = n + h * 8 < end;
-                    s[h] = valid ? __ldg(p.column_stats + n + h * 8) * (1.f / 127.f) : 0.f;
+                    s[h] = valid ? p.column_stats[n + h * 8] * (1.f / 127.f) : 0.f;
                     b[h] = valid && p.bias != nullptr ? to_float(p.bias[n + h * 8]) : 0.f;
                 }
 #pragma unroll
@@ -277,10 +274,5 @@ KERNEL __launch_bounds__(384, 1)
                 else write_wide(p, p.out, f, tile, end, row, t);
             }
         }
-    }
-    // Nobody leaves while others may still write to its shared memory.
-    if (ranks > 1) {
-        __syncwarp();
-        cluster_arrive(), cluster_wait();
     }
 }

@@ -8,8 +8,8 @@ use crate::dlpack::{ElementKind, Place, TensorRef};
 use crate::eager::{Torch, attributes, entry, or_general};
 use crate::errors::raise;
 
-/// `Linear8bitLt.forward`, if this is the plain case: a layer whose codes and statistics are with its state, on the device of `x`,
-/// and nobody wants a gradient. `None` if not, and nothing is written or set then.
+/// `Linear8bitLt.forward`, if this is the plain case: a layer whose codes and statistics are with its state, on the device
+/// of `x`, and nobody wants a gradient. `None` if not, and nothing is written or set then.
 ///
 /// With `forward`, the one of the class, it is the layer's call that is asked for, hooks and all: `None` where those matter.
 #[pyfunction]
@@ -63,17 +63,14 @@ fn run<'py>(
     let workspace = match place {
         Place::Cpu => None,
         #[cfg(feature = "cuda")]
-        Place::Cuda(device) => match crate::int8_cuda::workspace_for(
-            device,
-            (&view, &TensorRef::plain("CB", &codes)?),
-            n,
-            threshold,
-        )
-        .map_err(raise)?
-        {
-            0 => None,
-            bytes => Some(torch.empty(x, (dtype, place), &[], bytes.div_ceil(dtype.size()))?.0),
-        },
+        Place::Cuda(device) => {
+            match crate::int8_cuda::workspace_for(device, (&view, &TensorRef::plain("CB", &codes)?), n, threshold)
+                .map_err(raise)?
+            {
+                0 => None,
+                bytes => Some(torch.empty(x, (dtype, place), &[], bytes.div_ceil(dtype.size()))?.0),
+            }
+        }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => return Ok(None),
     };

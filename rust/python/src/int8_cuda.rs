@@ -37,7 +37,8 @@ pub(crate) fn quantize_rows(
     let stream = stream_of(x, device)?;
     let outliers = outliers.map(at);
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-    unsafe { cuda::quantize_rows(&stream, float(x)?, shape(x, stats), threshold, at(q), at(stats), outliers) }.map_err(raise)
+    unsafe { cuda::quantize_rows(&stream, float(x)?, shape(x, stats), threshold, at(q), at(stats), outliers) }
+        .map_err(raise)
 }
 
 pub(crate) fn zero_columns(device: i32, q: &TensorRef, outliers: &TensorRef) -> PyResult<()> {
@@ -47,7 +48,12 @@ pub(crate) fn zero_columns(device: i32, q: &TensorRef, outliers: &TensorRef) -> 
     unsafe { cuda::zero_columns(&stream, at(q), (q.len() / k.max(1), k), at(outliers)) }.map_err(raise)
 }
 
-pub(crate) fn outlier_columns(device: i32, outliers: &TensorRef, columns: &TensorRef, count: &TensorRef) -> PyResult<()> {
+pub(crate) fn outlier_columns(
+    device: i32,
+    outliers: &TensorRef,
+    columns: &TensorRef,
+    count: &TensorRef,
+) -> PyResult<()> {
     let stream = stream_of(outliers, device)?;
     // SAFETY: as above.
     unsafe { cuda::outlier_columns(&stream, at(outliers), columns.len(), at(columns), at(count)) }.map_err(raise)

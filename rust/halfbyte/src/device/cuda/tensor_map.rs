@@ -9,14 +9,14 @@ use crate::error::Result;
 /// Words of a tensor map, as [`super::Arguments::block`] takes them.
 pub type TensorMap = [u64; 16];
 
-/// A matrix of bytes, `rows` × `columns`, in boxes of `box_rows` rows of 128 bytes that lie in shared memory with the swizzle of
-/// 128 bytes. The pointer and `columns` are multiples of 16; `box_rows` is 256 at the most.
+/// A matrix of bytes, `rows` × `columns`, in boxes of `box_rows` rows of 128 bytes that lie in shared memory with the
+/// swizzle of 128 bytes. The pointer and `columns` are multiples of 16; `box_rows` is 256 at the most.
 pub fn byte_matrix(at: Pointer, rows: usize, columns: usize, box_rows: u32) -> Result<TensorMap> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     let (sizes, strides) = ([columns as u64, rows as u64], [columns as u64]);
     let (bounds, steps) = ([128, box_rows], [1, 1]);
-    // SAFETY: the map is 64-byte aligned by its type; sizes and bounds are arrays of the rank, strides of one less. The address is
-    // only written down.
+    // SAFETY: the map is 64-byte aligned by its type; sizes and bounds are arrays of the rank, strides of one less. The
+    // address is only written down.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             &raw mut map,

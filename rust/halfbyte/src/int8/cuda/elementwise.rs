@@ -26,6 +26,9 @@ static ZERO_COLUMNS: Kernel = Kernel::new("int8", "zero_columns");
 static LIST_COLUMNS: Kernel = Kernel::new("int8", "list_columns");
 static MARK_COLUMNS: Kernel = Kernel::new("int8", "mark_columns");
 
+/// Most threads of a block.
+const MOST_THREADS: usize = 1024;
+
 /// The threshold as kernels take it: in the precision of the elements where that is fp16, NaN for none.
 pub(super) fn threshold_word(threshold: f32, dtype: Dtype) -> u32 {
     match (threshold > 0.0, dtype) {
@@ -49,8 +52,8 @@ unsafe fn clear(stream: &Stream, at: Pointer, words: usize) -> Result<()> {
     unsafe { CLEAR.launch(stream, launch, &mut arguments) }
 }
 
-/// Quantizes rows of `x` [m, k]: `q` [m, k] gets codes, `stats` [m] the largest magnitudes. With a threshold, elements that reach it
-/// are left out, get code 0, and mark their column in `outliers`, which is cleared first.
+/// Quantizes rows of `x` [m, k]: `q` [m, k] gets codes, `stats` [m] the largest magnitudes. With a threshold, elements
+/// that reach it are left out, get code 0, and mark their column in `outliers`, which is cleared first.
 ///
 /// # Safety
 /// The pointers must be device memory of the stream's device, of these sizes, until the stream has passed the launches.
@@ -70,7 +73,6 @@ pub unsafe fn quantize_rows(
     if m == 0 {
         return Ok(());
     }
-    const MOST_THREADS: usize = 1024;
     let type_index = dtype_index(dtype);
     let vectors = k.div_ceil(8);
     let wide =

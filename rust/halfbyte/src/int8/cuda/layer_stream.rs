@@ -1,29 +1,29 @@
-//! Whole layers of up to 16 rows on compute capability 9.0 and later: the kernel of cuda/src/int8_stream.cu.
+//! Whole layers of up to 8 rows on compute capability 9.0 and later: the kernel of cuda/src/int8_stream.cu.
 
 use super::elementwise::threshold_word;
+use super::product_wgmma::AHEAD;
 use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, byte_matrix, dtype_index};
 use crate::element::Dtype;
 use crate::error::Result;
 
 /// Most rows of activations.
-const MOST_ROWS: usize = 16;
+const MOST_ROWS: usize = 8;
 
-const fn both(family: &'static str) -> [Kernel; 2] {
-    [Kernel::new(family, "linear_int8_8"), Kernel::new(family, "linear_int8_16")]
-}
+static STREAM: [Kernel; 3] = [
+    Kernel::new("int8_stream_bf16", "linear_int8"),
+    Kernel::new("int8_stream_f16", "linear_int8"),
+    Kernel::new("int8_stream_f32", "linear_int8"),
+];
 
-/// By type, then rows: up to 8, up to 16.
-static STREAM: [[Kernel; 2]; 3] = [both("int8_stream_bf16"), both("int8_stream_f16"), both("int8_stream_f32")];
-
-/// What the kernel has of static shared memory, and what beginning at a multiple of 1024 can take.
-const STATIC: u32 = 7168 + 1024;
+/// What the kernel has of static shared memory, what the system keeps, and what beginning at a multiple of 1024 can take.
+const STATIC: u32 = 4608 + 1024 + 1024;
 /// Weights of a tile, bytes of a stage, bytes of K in a stage.
 const TILE: usize = 16;
 const STAGE: u32 = 16 * 1024;
 const STEP: usize = 1024;
 const MOST_STAGES: u32 = 16;
 /// Fewer stages do not keep the memory busy.
-const FEWEST_STAGES: u32 = 4;
+const FEWEST_STAGES: u32 = 3;
 /// More tiles of a block would take the room of the ring.
 const MOST_TILES: usize = 16;
 /// Outlier columns that are in shared memory at a time.
@@ -71,10 +71,10 @@ pub(super) unsafe fn launch(
     let w_map = byte_matrix(layer.w, n, k, TILE as u32)?;
     let arguments = Arguments::default().block(&w_map).u64(layer.x).u64(layer.w).u64(layer.column_stats);
     let arguments = arguments.u64(layer.bias.unwrap_or(0)).u64(layer.out).u32(m as u32).u32(n as u32).u32(k as u32);
-    let mut arguments = arguments.u32(threshold_word(layer.threshold, layer.dtype)).u32(plan.tiles).u32(plan.stages);
-    let kernel = &STREAM[dtype_index(layer.dtype)][usize::from(m > 8)];
-    // SAFETY: the arguments are those of `linear_int8_*` in cuda/src/int8_stream.cu; the caller vouches for the pointers.
-    unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
+    let arguments = arguments.u32(threshold_word(layer.threshold, layer.dtype)).u32(plan.tiles).u32(plan.stages);
+    let mut arguments = arguments.u32(AHEAD / STAGE);
+    // SAFETY: the arguments are those of `linear_int8` in cuda/src/int8_stream.cu; the caller vouches for the pointers.
+    unsafe { STREAM[dtype_index(layer.dtype)].launch(stream, plan.launch, &mut arguments) }
 }
 
 /// How a layer is cut up: a function of its shape, of whether there is a threshold, and of the device.
@@ -95,30 +95,31 @@ impl Plan {
             let bitmap = k.div_ceil(32) * 4;
             let outliers = if marks { OUTLIERS * rows } else { 0 };
             let beside = m * (steps * STEP + 16) + m * rows * 4 + bitmap + outliers;
-            let room = shared.checked_sub(STATIC + u32::try_from(beside).ok()?)?;
+            // Two blocks on a multiprocessor.
+            let room = (shared / 2).checked_sub(STATIC + u32::try_from(beside).ok()?)?;
             let stages = (room / STAGE).min(MOST_STAGES);
             let launch = Launch {
                 grid: ((all.div_ceil(tiles) * ranks) as u32, 1),
-                threads: 16 * 32 + 32 + 96,
+                threads: 8 * 32 + 32 + 96,
                 shared: stages * STAGE + beside as u32 + 1024,
                 cluster: ranks as u32,
                 programmatic: true,
             };
             (stages >= FEWEST_STAGES).then_some(Self { launch, tiles: tiles as u32, stages })
         };
-        // Two blocks share the K of tiles that are few, or of codes that would take half the room of the ring.
-        let few = all * 2 <= multiprocessors as usize || m * k > 64 * 1024;
+        // Two blocks share the K of tiles that are few, or of codes that would take the room of the ring.
+        let few = all * 2 <= multiprocessors as usize || m * k > 32 * 1024;
         if few && k >= 2 * STEP { with(2).or_else(|| with(1)) } else { with(1) }
     }
 }
 
 /// Loads the image for an activation type.
 pub(super) fn preload(gpu: &Device, dtype: Dtype) -> Result<()> {
-    if gpu.capability >= 90 { STREAM[dtype_index(dtype)][0].load(gpu.ordinal) } else { Ok(()) }
+    if gpu.capability >= 90 { STREAM[dtype_index(dtype)].load(gpu.ordinal) } else { Ok(()) }
 }
 
 pub(super) fn kernels() -> impl Iterator<Item = &'static Kernel> {
-    STREAM.iter().flatten()
+    STREAM.iter()
 }
 
 #[cfg(test)]
@@ -132,11 +133,11 @@ mod tests {
                 for k in [16, 128, 1040, 4096, 14336, 28672, 1 << 17] {
                     for marks in [false, true] {
                         let Some(plan) = Plan::new((m, n, k), marks, 132, 227 * 1024) else {
-                            assert!(m * k > 64 * 1024, "{m} {n} {k}");
+                            assert!(m * k > 32 * 1024, "{m} {n} {k}");
                             continue;
                         };
                         let Launch { grid, shared, cluster, .. } = plan.launch;
-                        assert!(shared + STATIC - 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
+                        assert!(shared + STATIC - 1024 <= 227 * 512, "{m} {n} {k}: {plan:?}");
                         assert!((grid.0 / cluster * plan.tiles) as usize * TILE >= n, "{m} {n} {k}: {plan:?}");
                         assert!(cluster == 1 || k.div_ceil(128) >= 2);
                     }

@@ -39,8 +39,8 @@ pub const fn linear_workspace((m, _, k): (usize, usize, usize), threshold: f32) 
     rounded(m * k) + rounded(m * 4) + if threshold > 0.0 { bitmap_bytes(k) } else { 0 }
 }
 
-/// A whole layer: rows of `x` [m, k] quantized, multiplied with `w` [n, k], columns with outliers in floating point, bias added;
-/// `out` has the type of `x`.
+/// A whole layer: rows of `x` [m, k] quantized, multiplied with `w` [n, k], columns with outliers in floating point, bias
+/// added; `out` has the type of `x`.
 ///
 /// # Safety
 /// The pointers must be device memory of the stream's device, of these sizes and of [`linear_workspace`] bytes (none where

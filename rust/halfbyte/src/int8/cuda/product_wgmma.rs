@@ -37,6 +37,8 @@ const SHARED: u32 = 227 * 1024 - 2048;
 const MOST_STAGES: u32 = 16;
 /// Bytes of K in a stage.
 const STEP: usize = 128;
+/// Bytes of weights that a block fetches before the launch ahead of it has ended.
+pub(super) const AHEAD: u32 = 160 << 10;
 /// Most weights of a tile.
 const MOST_ROWS: u32 = 128;
 
@@ -71,13 +73,13 @@ pub(super) unsafe fn launch(
     let plan = Plan::new(shape, most_tokens(target), gpu.multiprocessors);
     let tokens = TOKENS[plan.kernel];
     let w_map = byte_matrix(product.w, n, k, plan.rows)?;
-    let q_map = byte_matrix(product.q, m, k, tokens / plan.launch.cluster)?;
+    let q_map = byte_matrix(product.q, m, k, tokens)?;
     let (x, outliers) = product.floats.map_or((0, 0), |floats| (floats.x, floats.outliers));
     let arguments = Arguments::default().block(&w_map).block(&q_map).u64(product.row_stats).u64(product.column_stats);
     let arguments =
         arguments.u64(product.bias.unwrap_or(0)).u64(out).u64(x).u64(product.q).u64(product.w).u64(outliers);
     let arguments = arguments.u32(m as u32).u32(n as u32).u32(k as u32);
-    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group);
+    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group).u32(plan.ahead);
     // SAFETY: the arguments are those of `matmul_int8` in cuda/src/int8_wgmma.cu; the caller vouches for the pointers.
     unsafe { WGMMA[target.index()][plan.kernel].launch(stream, plan.launch, &mut arguments) }
 }
@@ -101,6 +103,8 @@ pub(super) struct Plan {
     stages: u32,
     /// Tiles of tokens that are gone through for each tile of weights.
     group: u32,
+    /// Boxes of weights that are fetched into the L2 before the launch ahead has ended.
+    ahead: u32,
 }
 
 impl Plan {
@@ -108,26 +112,15 @@ impl Plan {
     pub(super) fn new((m, n, k): (usize, usize, usize), most: usize, multiprocessors: u32) -> Self {
         let smallest = TOKENS[..most].iter().position(|&tokens| m <= tokens as usize).unwrap_or(most);
         let mut best: Option<(u64, Self)> = None;
-        for kernel in smallest.saturating_sub(1)..=smallest {
-            for cluster in [1, 2, 4] {
-                if TOKENS[kernel] / cluster < 8 {
-                    continue;
-                }
-                // Clusters that run at a time; of those of four some multiprocessors are left over.
-                let fit = match cluster {
-                    4 => multiprocessors * 10 / 44,
-                    _ => multiprocessors / cluster,
-                }
-                .max(1);
-                let down = m.div_ceil(TOKENS[kernel] as usize);
-                for waves in 1..=2 {
-                    // Tiles of weights such that all of them together fill these waves.
-                    let across = ((fit * waves) as usize / down).max(1) * cluster as usize;
-                    let rows = n.div_ceil(across).next_multiple_of(8).min(MOST_ROWS as usize) as u32;
-                    let (cycles, plan) = Self::with((m, n, k), kernel, cluster, rows, fit);
-                    if best.is_none_or(|(least, _)| cycles < least) {
-                        best = Some((cycles, plan));
-                    }
+        for kernel in [smallest.saturating_sub(1), smallest] {
+            let down = m.div_ceil(TOKENS[kernel] as usize);
+            for waves in 1..=2 {
+                // Tiles of weights such that all of them together fill these waves.
+                let across = ((multiprocessors * waves) as usize / down).max(1);
+                let rows = n.div_ceil(across).next_multiple_of(8).min(MOST_ROWS as usize) as u32;
+                let (cycles, plan) = Self::with((m, n, k), kernel, rows, multiprocessors);
+                if best.is_none_or(|(least, _)| cycles < least) {
+                    best = Some((cycles, plan));
                 }
             }
         }
@@ -135,32 +128,32 @@ impl Plan {
     }
 
     /// A plan, and the cycles that it should take.
-    fn with((m, n, k): (usize, usize, usize), kernel: usize, cluster: u32, rows: u32, fit: u32) -> (u64, Self) {
-        /// Bytes that a multiprocessor gets from the L2 in a cycle.
-        const L2: u64 = 32;
+    fn with((m, n, k): (usize, usize, usize), kernel: usize, rows: u32, multiprocessors: u32) -> (u64, Self) {
+        /// Bytes that a multiprocessor gets from the L2 in a cycle, as measured on an H200.
+        const L2: u64 = 44;
         let tokens = TOKENS[kernel];
         let groups = if rows > 64 { 2 } else { 1 };
-        let across = n.div_ceil(rows as usize).div_ceil(cluster as usize);
-        let tiles = across * m.div_ceil(tokens as usize);
-        let waves = tiles.div_ceil(fit as usize) as u64;
+        let tiles = n.div_ceil(rows as usize) * m.div_ceil(tokens as usize);
+        let waves = tiles.div_ceil(multiprocessors as usize) as u64;
         let steps = k.div_ceil(STEP) as u64;
         let multiply = u64::from(groups * tokens * 2);
-        let copy = u64::from(rows + tokens / cluster) * STEP as u64 / L2;
+        let copy = u64::from(rows + tokens) * STEP as u64 / L2;
         let finish = 800 + u64::from(tokens) * 6;
         let behind = 128 * 32 + tokens * 32 + 2 * tokens.min(64) * 128 + 2 * tokens * 4 + 512 * 4;
         let stage = (rows + tokens) * STEP as u32;
-        let stages = ((SHARED - behind) / stage).min(MOST_STAGES);
+        // Few tokens leave room for two blocks on a multiprocessor: the next launch's are there before this one ends.
+        let room = if tokens <= 32 { SHARED / 2 - 1024 } else { SHARED };
+        let stages = ((room - behind) / stage).min(MOST_STAGES);
         let launch = Launch {
-            grid: (tiles.min(fit as usize) as u32 * cluster, 1),
+            grid: (tiles.min(multiprocessors as usize) as u32, 1),
             threads: (groups + 1) * 128,
             shared: stages * stage + behind + 1024,
-            cluster,
+            cluster: 1,
             programmatic: true,
         };
-        let plan = Self { launch, kernel, rows, stages, group: (2048 / tokens).max(1) };
-        // Blocks of a cluster wait for each other.
-        let together = 100 + 3 * (u64::from(cluster) - 1);
-        (waves * (steps * multiply.max(copy) * together / 100 + finish), plan)
+        let ahead = AHEAD / (rows * STEP as u32);
+        let plan = Self { launch, kernel, rows, stages, group: (2048 / tokens).max(1), ahead };
+        (waves * (steps * multiply.max(copy) + finish), plan)
     }
 }
 
@@ -183,13 +176,12 @@ mod tests {
             for n in [1, 7, 8, 64, 100, 1024, 4096, 14336, 28672, 1 << 20] {
                 for k in [16, 128, 144, 4096, 14336, 1 << 17] {
                     for most in [3, 4] {
-                    let plan = Plan::new((m, n, k), most, 132);
-                    let Launch { grid, threads, shared, cluster, .. } = plan.launch;
-                    assert!(plan.rows % 8 == 0 && (8..=MOST_ROWS).contains(&plan.rows), "{m} {n} {k}: {plan:?}");
-                    assert!(plan.stages >= 4 && shared + 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
-                    assert!(threads == if plan.rows > 64 { 384 } else { 256 });
-                    assert!(grid.0 % cluster == 0 && grid.0 <= 132 && grid.0 > 0, "{m} {n} {k}: {plan:?}");
-                    assert!(TOKENS[plan.kernel] / cluster >= 8 && plan.kernel <= most);
+                        let plan = Plan::new((m, n, k), most, 132);
+                        let Launch { grid, threads, shared, .. } = plan.launch;
+                        assert!(plan.rows % 8 == 0 && (8..=MOST_ROWS).contains(&plan.rows), "{m} {n} {k}: {plan:?}");
+                        assert!(plan.stages >= 3 && shared + 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
+                        assert!(threads == if plan.rows > 64 { 384 } else { 256 });
+                        assert!(grid.0 <= 132 && grid.0 > 0 && plan.kernel <= most, "{m} {n} {k}: {plan:?}");
                     }
                 }
             }
