@@ -85,6 +85,23 @@ FAMILIES += [
     for rows, chunk in (("few", "8"), ("many", "32"))
 ]
 
+OUTPUTS = {**ELEMENTS, "f32": "F32", "i32": "I32"}
+FAMILIES += [Family("int8_rows", "int8_rows.cu", ("75", "80", "90")), Family("int8", "int8.cu", ("75", "80"))]
+FAMILIES += [
+    Family(f"int8_mma_{name}", "int8_mma.cu", ("75", "80"), {"ELEMENT": element}) for name, element in OUTPUTS.items()
+]
+FAMILIES += [
+    Family(f"int8_wgmma_{name}_{tokens}", "int8_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})
+    for name, element in OUTPUTS.items()
+    for tokens in (16, 32, 64, 128, 256)
+    if (name, tokens) != ("f32", 256)  # registers for its outliers are not there
+]
+FAMILIES += [
+    Family(f"int8_stream_{name}", "int8_stream.cu", ("90",), {"ELEMENT": element})
+    for name, element in OUTPUTS.items()
+    if name != "i32"
+]
+
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.
 SERVES = {
     "75": ("75",),

@@ -59,6 +59,7 @@ def main() -> None:
             _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
             y.cpu()
         experts(dtype, code)
+        int8(dtype)
     torch.cuda.synchronize()
 
 
@@ -92,6 +93,40 @@ def experts(dtype: torch.dtype, code: torch.Tensor) -> None:
         pieces = [(*first, out, added, None, None, None, 256) for out, added in zip(outs, (None, bias[0]), strict=True)]
         _native.matmul_4bit_group(x[:3], pieces, "nf4", 64)
         out.cpu(), outs.cpu(), order.cpu(), inverse.cpu()
+
+
+def int8(dtype: torch.dtype) -> None:
+    """LLM.int8: rows, columns, products by each kernel and whole layers, with no, some and only outlier columns."""
+    shapes = ((1, 40, 256), (9, 333, 1040), (20, 48, 528), (70, 130, 144), (130, 300, 272), (300, 70, 128), (3, 7, 99))
+    for m, n, k in shapes:
+        x, w = torch.randn(m, k), torch.randint(-127, 128, (n, k), dtype=torch.int8).cuda()
+        x[0, k // 2] = 30.0
+        column_stats, bias = torch.rand(n).cuda(), torch.randn(n).to(dtype).cuda()
+        q, out = torch.empty(m, k, dtype=torch.int8, device="cuda"), torch.empty(m, n, dtype=dtype, device="cuda")
+        stats, sums = torch.empty(m, device="cuda"), torch.empty(m, n, dtype=torch.int32, device="cuda")
+        outliers = torch.empty(-(-k // 32), dtype=torch.int32, device="cuda")
+        columns = torch.empty(k, dtype=torch.int64, device="cuda")
+        count = torch.empty(1, dtype=torch.int32, device="cuda")
+        for scale in (1.0, 1000.0):
+            a = (x * scale).to(dtype).cuda()
+            _native.int8_quantize_rows(a, q, stats, 6.0, outliers)
+            _native.int8_outlier_columns(outliers, columns, count)
+            _native.int8_outlier_bitmap(columns[: int(count)], outliers, k)
+            _native.int8_matmul(q, stats, w, column_stats, out, bias, a, outliers)
+            _native.int8_zero_columns(q, outliers)
+            for threshold in (0.0, 6.0):
+                size = _native.int8_linear_workspace(a, n, threshold)
+                workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+                _native.int8_linear(a, w, column_stats, out, workspace, bias, threshold)
+        _native.int8_quantize_rows(a, q, stats)
+        _native.int8_matmul(q, stats, w, column_stats, out)
+        _native.int8_matmul_int32(q, w, sums)
+        _native.int8_mm_dequant(sums, stats, column_stats, out, bias)
+        back, by_column = torch.empty(m, k, dtype=dtype, device="cuda"), torch.empty(k, device="cuda")
+        _native.int8_dequantize_rows(q, stats, back)
+        _native.int8_column_stats(a, by_column, 6.0)
+        _native.int8_quantize_columns(a, by_column, q, 6.0)
+        out.cpu(), back.cpu(), q.cpu()
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def test_names_that_are_not_served_say_so_when_used_and_not_before():
     result = run("""
         import halfbyte, bitsandbytes as bnb, torch
         messages = []
-        for use in (lambda: bnb.nn.Linear8bitLt(4, 4), lambda: bnb.nn.Int8Params(torch.zeros(2)), lambda: bnb.optim):
+        for use in (lambda: bnb.optim, lambda: bnb.research):
             try:
                 use()
             except (halfbyte.errors.HalfbyteError, AttributeError) as error:
@@ -196,24 +196,9 @@ def test_names_that_are_not_served_say_so_when_used_and_not_before():
         layer = bnb.nn.Linear4bit(64, 64)
         result = [messages, isinstance(layer, bnb.nn.Linear8bitLt), isinstance(layer.weight, bnb.nn.Int8Params)]
     """)
-    assert len(result[0]) == 3
+    assert len(result[0]) == 2
     assert all("served by halfbyte" in message for message in result[0])
     assert result[1:] == [False, False]
-
-
-def test_load_in_8bit_is_one_clear_error():
-    message = run(
-        """
-        import halfbyte
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-        model = AutoModelForCausalLM.from_pretrained(
-            "tests/models/pycode-llama-7m", quantization_config=BitsAndBytesConfig(load_in_8bit=True)
-        )
-        """,
-        cwd=Path(__file__).parents[1],
-        fails=True,
-    )
-    assert "HalfbyteError: Linear8bitLt: bitsandbytes is served by halfbyte here" in message
 
 
 def test_python_dash_m_halfbyte_is_the_command():

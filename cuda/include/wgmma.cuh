@@ -1,5 +1,5 @@
-// The warpgroup's matrix multiply of compute capability 9.0 (sm_90a alone): D [64, N] += A [64, 16] · B [N, 16]ᵀ, A in registers, B in
-// shared memory, fp32 sums. Four warps issue it together; warp w has rows 16w … 16w+15, lane (g = lane / 4, t = lane % 4) of it
+// The MMA of a warpgroup (warpgroup.cuh) with its left operand in registers: D [64, N] += A [64, 16] · B [N, 16]ᵀ, B in shared memory,
+// fp32 sums. Warp w has rows 16w … 16w+15, lane (g = lane / 4, t = lane % 4) of it
 //
 //   A  a0: row g, k = 2t, 2t+1    a1: row g + 8, the same    a2: row g, k = 2t+8, 2t+9    a3: row g + 8, those
 //   D  d[4j + e], e = 0, 1: row g, column 8j + 2t + e        e = 2, 3: row g + 8
@@ -7,24 +7,7 @@
 // Measured on an H200: 32.4 cycles for N = 64 and 64.3 for N = 128 where two warpgroups or more take turns, which is the tensor
 // cores' rate; 56 and 91 where one waits for each.
 #pragma once
-#include "common.cuh"
-
-// B as it lies: rows of 128 bytes (64 elements of K), 16-byte chunks exchanged as the tensor copy's 128-byte swizzle does, eight
-// rows 1024 bytes. `address` is a multiple of 1024, plus 32 for each step of 16 along K.
-DEVICE u64 wgmma_operand(u32 address) {
-    return u64((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most `N` groups of this warpgroup are under way.
-template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-
-// Keeps the compiler from moving what it does with sums across the point where they are the tensor cores'.
-template <int N> DEVICE void wgmma_own(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
+#include "warpgroup.cuh"
 
 #define WGMMA_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_16(i) WGMMA_4(i), WGMMA_4(i + 4), WGMMA_4(i + 8), WGMMA_4(i + 12)
@@ -54,7 +37,3 @@ WGMMA_BOTH(16, WGMMA_D8, "%8,%9,%10,%11", "%12", "%13", WGMMA_4(0), WGMMA_4(4))
 WGMMA_BOTH(32, WGMMA_D16, "%16,%17,%18,%19", "%20", "%21", WGMMA_16(0))
 WGMMA_BOTH(64, WGMMA_D32, "%32,%33,%34,%35", "%36", "%37", WGMMA_16(0), WGMMA_16(16))
 WGMMA_BOTH(128, WGMMA_D64, "%64,%65,%66,%67", "%68", "%69", WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48))
-
-// Registers move between warpgroups: one that serves gives, those that compute take. All warps of a warpgroup.
-template <int N> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }

@@ -30,7 +30,6 @@
 #include "async_copy.cuh"
 #include "mma.cuh"
 #include "shared.cuh"
-#include "tensor_copy.cuh"
 #include "wgmma.cuh"
 
 #if !defined(ELEMENT) || !defined(TOKENS)
@@ -204,7 +203,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
     __syncthreads();
 
     if (warp < SERVING / WARP) {
-        give_registers<S::GIVEN>();
+        fewer_registers<S::GIVEN>();
         wait_for_predecessors();
         if (warp == 0) {
             Turn<S::STAGES> turn;
@@ -212,7 +211,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                 barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
                 if (lane == 0) {
                     barrier_expect(full + turn.stage * 8, S::STAGE_BYTES);
-                    copy_box(begin + S::WEIGHTS_AT + turn.stage * S::STAGE_BYTES, weights_map, stage * (STAGE_K / 2), row0, full + turn.stage * 8);
+                    copy_box(begin + S::WEIGHTS_AT + turn.stage * S::STAGE_BYTES, weights_map, full + turn.stage * 8, stage * (STAGE_K / 2), row0);
                 }
                 __syncwarp();
             }
@@ -224,7 +223,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                     barrier_expect(x_full + turn.stage * 8, S::X_BYTES);
 #pragma unroll
                     for (u32 i = 0; i < S::X_BOXES; ++i)
-                        copy_box(begin + S::X_AT + turn.stage * S::X_BYTES + i * S::BOX_BYTES, x_map, k + i * 64, token0, x_full + turn.stage * 8);
+                        copy_box(begin + S::X_AT + turn.stage * S::X_BYTES + i * S::BOX_BYTES, x_map, x_full + turn.stage * 8, k + i * 64, token0);
                 }
                 __syncwarp();
             }
@@ -243,7 +242,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
             }
         }
     } else {
-        take_registers<S::TAKEN>();
+        more_registers<S::TAKEN>();
         const u32 g = lane / 4, t = lane % 4, group = warp / 4 - 1;
         const u32 row_group = group % ROW_GROUPS, k_group = group / ROW_GROUPS;
         const u32 my_row = row_group * (64 * TILES) + warp % 4 * 16 + g;  // of tile 0; tiles are 64 rows apart
@@ -312,17 +311,17 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                 constexpr u32 PER_X = S::X_BOXES / K_GROUPS * TILES;  // units with one turn of x
                 if (u % PER_X == 0) barrier_wait(x_full + x_turn.stage * 8, x_turn.parity);
                 const u32 b = begin + S::X_AT + x_turn.stage * S::X_BYTES + k_of(u) % S::X_BOXES * S::BOX_BYTES;
-                const u64 operand = wgmma_operand(b);
+                const u64 operand = swizzled_operand(b);
                 auto& d = fresh[S::TWO_SUMS ? u % 2 : 0];
-                wgmma_fence();
+                mma_fence();
 #pragma unroll
                 for (u32 s = 0; s < 4; ++s)
                     Wgmma<ELEMENT, TOKENS>::add(d, a[u % 2][s], operand + 2 * s, s == 0);
-                wgmma_commit();
+                mma_commit();
 
                 auto finish = [&](u32 v) {  // unit v, maybe UNITS - 1 of the stage before
                     auto& done = fresh[S::TWO_SUMS ? v % 2 : 0];
-                    wgmma_own(done);
+                    pin(done);
 #pragma unroll
                     for (u32 s = 0; s < 4; ++s)
 #pragma unroll
@@ -352,9 +351,9 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                     scale_of(v, [&](u32 k) { add(sums[v % TILES], fresh[S::TWO_SUMS ? v % 2 : 0], scales[0][v % TILES], k); });
                 };
                 // At the end of a stage nothing is under way: ptxas follows sums of the tensor cores through straight code only.
-                if (S::TWO_SUMS && u > 0) wgmma_wait<1>(), complete(u - 1);
+                if (S::TWO_SUMS && u > 0) mma_wait<1>(), complete(u - 1);
                 advance();
-                if (!S::TWO_SUMS || u + 1 == UNITS) wgmma_wait<0>(), complete(u);
+                if (!S::TWO_SUMS || u + 1 == UNITS) mma_wait<0>(), complete(u);
                 if ((u + 1) % PER_X == 0) x_turn.next();
             }
 #pragma unroll

@@ -14,6 +14,7 @@ from halfbyte import _dropin, _native, errors, functional, nn, ops
 from halfbyte._dropin import replace_bitsandbytes
 from halfbyte._fuse import fuse_linears, unfuse_linears
 from halfbyte._grouped import matmul_4bit_experts, matmul_4bit_group
+from halfbyte._int8 import MatmulLtState, matmul
 from halfbyte._matmul import matmul_4bit
 from halfbyte._model import quantize_model
 from halfbyte.quant_state import QuantState
@@ -21,11 +22,13 @@ from halfbyte.quant_state import QuantState
 __version__: str = _native.build_info()["version"]
 
 __all__ = [
+    "MatmulLtState",
     "QuantState",
     "__version__",
     "errors",
     "functional",
     "fuse_linears",
+    "matmul",
     "matmul_4bit",
     "matmul_4bit_experts",
     "matmul_4bit_group",

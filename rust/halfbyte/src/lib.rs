@@ -9,6 +9,7 @@ pub mod eight_bit;
 mod element;
 mod error;
 pub mod four_bit;
+pub mod int8;
 pub mod layout;
 pub mod state;
 

@@ -9,7 +9,8 @@ mod tensor_map;
 
 pub use context::{Device, capture_of, device, device_count, driver_version};
 pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
-pub(crate) use tensor_map::{MapElement, tensor_map};
+pub(crate) use tensor_map::{Around, MapElement, matrix};
+pub use tensor_map::{TensorMap, byte_matrix};
 
 use std::ffi::c_void;
 

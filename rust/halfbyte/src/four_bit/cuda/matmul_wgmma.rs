@@ -1,7 +1,7 @@
 //! From nine rows on compute capability 9.0: the kernel of cuda/src/four_bit_wgmma.cu.
 
 use crate::codebook::Kind;
-use crate::device::cuda::{Arguments, Device, Kernel, Launch, MapElement, Pointer, Stream, dtype_index, tensor_map};
+use crate::device::cuda::{Around, Arguments, Device, Kernel, Launch, MapElement, Pointer, Stream, dtype_index, matrix};
 use crate::element::Dtype;
 use crate::error::Result;
 
@@ -65,8 +65,8 @@ pub(super) unsafe fn launch(
         pair(k as u32, block.trailing_zeros()),
         pair(nested_shift, (1.0 / gain).to_bits()),
     ];
-    let weights = tensor_map(piece.packed, MapElement::Byte, (piece.n, k / 2), (plan.rows, 128))?;
-    let activations = tensor_map(x, MapElement::Half, (m, k), (TOKENS[plan.tokens], 64))?;
+    let weights = matrix(piece.packed, MapElement::Byte, (piece.n, k / 2), plan.rows, Around::Bytes128)?;
+    let activations = matrix(x, MapElement::Half, (m, k), TOKENS[plan.tokens], Around::Bytes128)?;
     let arguments = Arguments::default().block(&weights).block(&activations);
     let mut arguments = values.into_iter().fold(arguments, Arguments::u64).block(&problem);
     let kernel = WGMMA[dtype_index(dtype)][plan.tokens][usize::from(plan.rows == 256)].as_ref();
