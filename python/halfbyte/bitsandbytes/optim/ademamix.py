@@ -1,0 +1,12 @@
+"""``bitsandbytes.optim.ademamix``."""
+
+from halfbyte.optim.ademamix import (
+    AdEMAMix,
+    AdEMAMix8bit,
+    AdEMAMix32bit,
+    PagedAdEMAMix,
+    PagedAdEMAMix8bit,
+    PagedAdEMAMix32bit,
+)
+
+__all__ = ["AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit"]
