@@ -10,6 +10,7 @@ mod element;
 mod error;
 pub mod four_bit;
 pub mod layout;
+pub mod optim;
 pub mod state;
 
 pub use codebook::Kind;

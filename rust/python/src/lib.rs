@@ -8,6 +8,7 @@ mod four_bit;
 mod groups;
 mod info;
 mod openmp;
+mod optim;
 mod search;
 
 use pyo3::prelude::*;
@@ -24,6 +25,8 @@ mod _native {
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+    #[pymodule_export]
+    use super::optim::OptimPlan;
     #[pymodule_export]
     use super::search::encode_4bit;
 }
