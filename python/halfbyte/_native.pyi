@@ -88,9 +88,11 @@ def build_info() -> dict[str, Any]: ...
 def cuda_info() -> dict[str, Any]: ...
 
 class OptimPlan:
-    """Parameters of one device that are updated together, and their states, kept by reference and read at every step."""
+    """Parameters of one device that are updated together, and their states: kept by reference, read at every step."""
 
-    def __init__(self, rule: str, params: list[Any], states: list[dict[str, Any]], capturable: bool = False) -> None: ...
+    def __init__(
+        self, rule: str, params: list[Any], states: list[dict[str, Any]], capturable: bool = False
+    ) -> None: ...
     def step(
         self,
         lr: Any,

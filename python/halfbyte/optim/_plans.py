@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native, ops
+from halfbyte._optimizer_update import L2_RULES
 from halfbyte.errors import ArgumentError, DeviceError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from halfbyte.optim.optimizer import Optimizer8bit
-
-_L2_RULES = frozenset({"momentum", "lars", "rmsprop", "adagrad"})
-"""Rules whose weight decay is a part of the gradient. The others shrink the parameter itself."""
 
 
 def arguments(rule: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def arguments(rule: str, config: dict[str, Any]) -> dict[str, Any]:
         "max_unorm": config["max_unorm"],
         "skip_zeros": config["skip_zeros"],
         "maximize": config["maximize"],
-        "decay": "l2" if rule in _L2_RULES or not config["adam_w_mode"] else "decoupled",
+        "decay": "l2" if rule in L2_RULES or not config["adam_w_mode"] else "decoupled",
     }
     if rule in ("momentum", "lars"):
         return given | {"dampening": betas[1], "nesterov": config["nesterov"]}

@@ -23,7 +23,7 @@ from halfbyte.optim._options import (
     check_exclusive,
     group_options,
 )
-from halfbyte.optim._pages import LEAST, Pages, is_paged
+from halfbyte.optim._pages import LEAST, GlobalPageManager, Pages, is_paged
 from halfbyte.optim._plans import Plans, Run, arguments, plain, scalar_on, total_norm
 from halfbyte.optim._states import (
     BITSANDBYTES_TENSORS,
@@ -115,6 +115,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
     def _helpers(self) -> None:
         """Make what is neither copied nor pickled with an optimizer."""
         self.mng = GlobalOptimManager.get_instance()
+        self.page_mng = GlobalPageManager.get_instance()
         self._plans: Plans | None = None
         self._pages = Pages()
 
@@ -416,7 +417,13 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
         return placed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("defaults", "state", "param_groups", *_OWN)}
+        state = defaultdict(dict, self.state)
+        for param, entry in self.state.items():
+            if any(map(is_paged, entry.values())):
+                torch.cuda.synchronize()
+                # Other tensors on the same memory, without what marks them as paged.
+                state[param] = {key: value.detach() if is_paged(value) else value for key, value in entry.items()}
+        return {"state": state} | {name: getattr(self, name) for name in ("defaults", "param_groups", *_OWN)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
