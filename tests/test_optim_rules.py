@@ -68,7 +68,7 @@ def unstable(rule, n):
     Lion takes the sign of a mean, and where the squared gradient alone is in the denominator, the step is about one
     learning rate for the smallest gradient. Such gradients are sums whose terms cancel.
     """
-    return {"lion": n // 300, "adagrad": 1 + n // 5000, "rmsprop": 1 + n // 5000}.get(rule, 0)
+    return {"lion": n // 300, "adagrad": 1 + n // 1000, "rmsprop": 1 + n // 1000}.get(rule, 0)
 
 
 def ulp(dtype):
