@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from halfbyte.errors import ArgumentError
 from halfbyte.optim.optimizer import Optimizer2State
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Unpack
 
     from torch import Tensor
@@ -189,3 +192,68 @@ class PagedAdEMAMix32bit(AdEMAMix32bit):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size, True, **options)
+
+
+class _ReferenceAdEMAMix(torch.optim.Optimizer):
+    """AdEMAMix in plain torch operations, to compare with; arguments as of :class:`AdEMAMix`.
+
+    The states of a parameter are ``m1_m2``, ``[2, *shape]``, and ``nu``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        t_beta3: int | None = None,
+        t_alpha: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "t_beta3": t_beta3,
+            "t_alpha": t_alpha,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what `closure` returned, else None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(group, param)
+        return loss
+
+    def _update(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = 0
+            state["m1_m2"] = param.new_zeros((2, *param.shape))
+            state["nu"] = torch.zeros_like(param)
+        state["step"] += 1
+        step, (beta1, beta2, beta3), alpha = state["step"], group["betas"], group["alpha"]
+        if group["t_alpha"]:
+            alpha *= min(step / group["t_alpha"], 1.0)
+        if group["t_beta3"]:
+            # 1 / log of the factor, which is about the number of steps it remembers, goes evenly from one to the other.
+            share = step / group["t_beta3"]
+            between = (1 - share) / math.log(beta1) + share / math.log(beta3)
+            beta3 = beta3 if share >= 1 else min(math.exp(1 / between), beta3)
+        grad, (fast, slow), square = param.grad, state["m1_m2"], state["nu"]
+        fast.lerp_(grad, 1 - beta1)
+        slow.lerp_(grad, 1 - beta3)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        mean = fast / (1 - beta1**step) + alpha * slow
+        root = (square / (1 - beta2**step)).sqrt() + group["eps"]
+        param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(mean / root, alpha=group["lr"])

@@ -7,6 +7,15 @@ from halfbyte.optim.ademamix import (
     PagedAdEMAMix,
     PagedAdEMAMix8bit,
     PagedAdEMAMix32bit,
+    _ReferenceAdEMAMix,
 )
 
-__all__ = ["AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit"]
+__all__ = [
+    "AdEMAMix",
+    "AdEMAMix8bit",
+    "AdEMAMix32bit",
+    "PagedAdEMAMix",
+    "PagedAdEMAMix8bit",
+    "PagedAdEMAMix32bit",
+    "_ReferenceAdEMAMix",
+]
