@@ -25,8 +25,11 @@ mod _native {
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+    #[cfg(feature = "cuda")]
     #[pymodule_export]
-    use super::optim::OptimPlan;
+    use super::optim::PagedBuffer;
+    #[pymodule_export]
+    use super::optim::{OptimPlan, optim_grad_norm};
     #[pymodule_export]
     use super::search::encode_4bit;
 }

@@ -11,6 +11,9 @@
 //! An element whose gradient is NaN or infinite, or so large that a state would reach [`LIMIT`], is left as it is, with its
 //! states, in every rule and width.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
 pub mod cpu;
 #[cfg(target_arch = "x86_64")]
 mod cpu_avx2;

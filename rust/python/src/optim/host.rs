@@ -106,14 +106,7 @@ unsafe fn parameter<'a>(
     let dtype = places.dtype.ok_or_else(|| {
         raise(Error::Value { argument: "params", expected: "a checked parameter".into(), got: "none".into() })
     })?;
-    let g = match grad.float().map_err(raise)? {
-        // SAFETY: the caller's promise.
-        Dtype::F32 => Floats::F32(unsafe { grad.slice() }),
-        // SAFETY: as above.
-        Dtype::F16 => Floats::F16(unsafe { grad.slice() }),
-        // SAFETY: as above.
-        Dtype::Bf16 => Floats::Bf16(unsafe { grad.slice() }),
-    };
+    let g = floats_of(grad)?;
     let states = places.states.into_iter().zip(places.absmax).take(rule.signed().len());
     let state = |(state, absmax)| {
         // SAFETY: as above.
@@ -143,5 +136,27 @@ unsafe fn parameter<'a>(
         index,
         // SAFETY: as above.
         update_squares: (places.unorm != 0).then(|| unsafe { &mut slice::<f32>(places.unorm, 1)[0] }),
+    })
+}
+
+/// The sum of squares of gradients.
+pub(super) fn squares(gradients: &[Gradient<'_>]) -> PyResult<f64> {
+    let mut total = 0.0;
+    for grad in gradients.iter().filter_map(|gradient| gradient.tensor.as_ref()) {
+        let values = floats_of(grad)?;
+        total += (0..values.len()).map(|i| f64::from(values.get(i)).powi(2)).sum::<f64>();
+    }
+    Ok(total)
+}
+
+fn floats_of(grad: &TensorRef) -> PyResult<Floats<'_>> {
+    grad.expect_place(Place::Cpu).map_err(raise)?;
+    // SAFETY: on the CPU, contiguous (as every gradient), of this type; others are kept from writing as in every operation.
+    Ok(unsafe {
+        match grad.float().map_err(raise)? {
+            Dtype::F32 => Floats::F32(grad.slice()),
+            Dtype::F16 => Floats::F16(grad.slice()),
+            Dtype::Bf16 => Floats::Bf16(grad.slice()),
+        }
     })
 }

@@ -4,6 +4,8 @@
 mod device;
 mod host;
 mod options;
+#[cfg(feature = "cuda")]
+mod paged;
 mod slot;
 
 use std::sync::Mutex;
@@ -17,6 +19,8 @@ use pyo3::types::{PyDict, PyList};
 use crate::dlpack::Place;
 use crate::errors::raise;
 use options::Options;
+#[cfg(feature = "cuda")]
+pub(crate) use paged::PagedBuffer;
 use slot::{Gradient, Slot};
 
 /// Parameters that are updated together, and their states.
@@ -107,7 +111,7 @@ impl OptimPlan {
         options.common.scale = if maximize { -gnorm_scale } else { gnorm_scale } as f32;
         options.common.seed = stochastic.then_some(seed);
         options.scaled_by(grad_scale, found_inf, total_norm, max_norm)?;
-        let mut inner = self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut inner = self.lock();
         let gradients = inner.gradients(py, grads)?;
         match self.place {
             Place::Cpu => host::step(py, self.rule, &mut inner.slots, &gradients, &options),
@@ -119,6 +123,12 @@ impl OptimPlan {
             #[cfg(not(feature = "cuda"))]
             Place::Cuda(_) => Err(raise(crate::no_cuda())),
         }
+    }
+}
+
+impl OptimPlan {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -138,5 +148,59 @@ impl Inner {
             gradients.push(Gradient::new(grad)?);
         }
         Ok(gradients)
+    }
+}
+
+/// Writes the length of all gradients of all plans together to `out`, fp32 × 1.
+#[pyfunction]
+#[pyo3(signature = (plans, out, grads=None))]
+pub(crate) fn optim_grad_norm(
+    py: Python<'_>,
+    plans: Vec<PyRef<'_, OptimPlan>>,
+    out: &Bound<'_, PyAny>,
+    grads: Option<Vec<Option<Bound<'_, PyList>>>>,
+) -> PyResult<()> {
+    let out = slot::tensor("out", out)?;
+    let checked = || {
+        out.expect_dtype(halfbyte::Dtype::F32)?;
+        crate::expect_len(&out, 1)?;
+        out.place()
+    };
+    let place = checked().map_err(raise)?;
+    if let Some(other) = plans.iter().find(|plan| plan.place != place) {
+        let (expected, got) = (format!("{place:?}"), format!("{:?}", other.place));
+        return Err(raise(Error::Device { argument: "plans", expected, got }));
+    }
+    if let Some(given) = grads.as_ref().filter(|given| given.len() != plans.len()) {
+        let (expected, got) = (format!("{} lists", plans.len()), given.len().to_string());
+        return Err(raise(Error::Value { argument: "grads", expected, got }));
+    }
+    let given = |i: usize| grads.as_ref().and_then(|grads| grads[i].as_ref());
+    match place {
+        Place::Cpu => {
+            let mut total = 0.0;
+            for (i, plan) in plans.iter().enumerate() {
+                let inner = plan.lock();
+                total += host::squares(&inner.gradients(py, given(i))?)?;
+            }
+            // SAFETY: on the CPU, fp32, one element, all checked.
+            let out = unsafe { out.slice_mut::<f32>() };
+            out[0] = total.sqrt() as f32;
+            Ok(())
+        }
+        #[cfg(feature = "cuda")]
+        Place::Cuda(device) => {
+            let (_keeper, total) = device::allocate(py, device, 1)?;
+            for (i, plan) in plans.iter().enumerate() {
+                let mut inner = plan.lock();
+                let gradients = inner.gradients(py, given(i))?;
+                let root = if i + 1 == plans.len() { out.address() as u64 } else { 0 };
+                let Inner { slots, memory } = &mut *inner;
+                device::add_squares(py, device, plan.rule, slots, memory, &gradients, (total, i == 0, root))?;
+            }
+            Ok(())
+        }
+        #[cfg(not(feature = "cuda"))]
+        Place::Cuda(_) => Err(raise(crate::no_cuda())),
     }
 }

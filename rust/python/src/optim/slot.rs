@@ -70,15 +70,17 @@ pub(super) struct Slot {
     /// The dict's keys and values as they were when `places` were read; references to values, so that no other object can
     /// have their addresses.
     seen: Vec<(usize, Py<PyAny>)>,
-    /// Steps done, and the object that says so.
+    /// Steps done, where the host counts.
     pub(super) steps: u64,
+    /// The address of the count, where the device does.
+    pub(super) step_at: usize,
 }
 
 const STATES: [&str; 2] = ["state1", "state2"];
 
 impl Slot {
     pub(super) fn new(param: Py<PyAny>, state: Py<PyDict>) -> Self {
-        Self { param, state, places: Places::default(), seen: Vec::new(), steps: 0 }
+        Self { param, state, places: Places::default(), seen: Vec::new(), steps: 0, step_at: 0 }
     }
 
     /// Brings `places` up to date; whether they changed. `step` of the state is left to the caller.
