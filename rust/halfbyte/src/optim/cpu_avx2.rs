@@ -2,9 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::cpu_block::{Block, Ways};
+use super::cpu_block::{Block, Ways, update};
+use super::rules::Law;
 use super::data::each;
-use super::{Floats, FloatsMut};
+use super::{BLOCK, Floats, FloatsMut, Scalars};
 use crate::codebook::dynamic_map;
 use crate::device::cpu::avx2::{largest_i32, load, store};
 use crate::eight_bit::Rounding;
@@ -99,7 +100,35 @@ fn encode<const SIGNED: bool, const PLACE: i32, const UP: i32>(from: &Block, cod
 
 const _: () = assert!(shift(true) == 17 && shift(false) == 16);
 
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn update_vectors<L: Law>(
+    w: &Block,
+    g: &Block,
+    states: &mut [Block; 3],
+    updates: &mut Block,
+    sound: &mut [u32; BLOCK],
+    k: &Scalars,
+    scaling: (f32, bool),
+) {
+    update::<L>(w, g, states, updates, sound, k, scaling);
+}
+
 impl Ways for Avx2 {
+    #[inline(always)]
+    fn update<L: Law>(
+        w: &Block,
+        g: &Block,
+        states: &mut [Block; 3],
+        updates: &mut Block,
+        sound: &mut [u32; BLOCK],
+        k: &Scalars,
+        scaling: (f32, bool),
+    ) {
+        // SAFETY: the CPU has the level.
+        unsafe { update_vectors::<L>(w, g, states, updates, sound, k, scaling) }
+    }
+
     #[inline(always)]
     fn load(from: Floats<'_>, to: &mut Block) {
         // SAFETY: the CPU has the level, as for all below.

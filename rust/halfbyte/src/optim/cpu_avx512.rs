@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 
 use super::cpu_avx2::{Avx2, factor};
-use super::cpu_block::{Block, Ways};
-use super::{Floats, FloatsMut};
+use super::cpu_block::{Block, Ways, update};
+use super::rules::Law;
+use super::{BLOCK, Floats, FloatsMut, Scalars};
 use crate::codebook::dynamic_map;
 use crate::eight_bit::carry::{Carry, LEAST, offset};
 
@@ -62,7 +63,35 @@ fn encode<const SIGNED: bool, const PLACE: u32, const UP: u32>(from: &Block, cod
     stored
 }
 
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+fn update_vectors<L: Law>(
+    w: &Block,
+    g: &Block,
+    states: &mut [Block; 3],
+    updates: &mut Block,
+    sound: &mut [u32; BLOCK],
+    k: &Scalars,
+    scaling: (f32, bool),
+) {
+    update::<L>(w, g, states, updates, sound, k, scaling);
+}
+
 impl Ways for Avx512 {
+    #[inline(always)]
+    fn update<L: Law>(
+        w: &Block,
+        g: &Block,
+        states: &mut [Block; 3],
+        updates: &mut Block,
+        sound: &mut [u32; BLOCK],
+        k: &Scalars,
+        scaling: (f32, bool),
+    ) {
+        // SAFETY: the CPU has the level.
+        unsafe { update_vectors::<L>(w, g, states, updates, sound, k, scaling) }
+    }
+
     #[inline(always)]
     fn load(from: Floats<'_>, to: &mut Block) {
         Avx2::load(from, to);

@@ -110,6 +110,16 @@ pub(super) trait Ways {
     fn store(from: &Block, to: FloatsMut<'_>);
     /// `to[i] = map[codes[i]] · scale` for up to a block of codes.
     fn decode(codes: &[u8], signed: bool, scale: f32, to: &mut Block);
+    /// [`update`], compiled for the level.
+    fn update<L: Law>(
+        w: &Block,
+        g: &Block,
+        states: &mut [Block; 3],
+        updates: &mut Block,
+        sound: &mut [u32; BLOCK],
+        k: &Scalars,
+        scaling: (f32, bool),
+    );
     /// The block's scale, and the nearest code of each of up to a block of values.
     fn encode(from: &Block, signed: bool, codes: &mut [u8]) -> f32;
 }
@@ -138,15 +148,11 @@ fn blocks<L: Law, W: Ways>(rule: Rule, mut task: Task<'_>, common: &Common) {
                 State::Eight { codes, absmax } => W::decode(&codes[from..to], signed, absmax[from / BLOCK], values),
             }
         }
-        if common.skip_zeros {
-            update::<L, true>(&w, &g, &mut states, &mut updates, &mut sound, &k, common.scale);
-        } else {
-            update::<L, false>(&w, &g, &mut states, &mut updates, &mut sound, &k, common.scale);
-        }
+        let scaling = (common.scale, common.skip_zeros);
+        W::update::<L>(&w, &g, &mut states, &mut updates, &mut sound, &k, scaling);
         if task.sums.is_some() {
-            let squares = |a: &Block| a[..to - from].iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
-            for (update, sound) in updates.iter_mut().zip(&sound) {
-                *update = if *sound == 0 { 0.0 } else { *update };
+            for i in 0..BLOCK {
+                updates[i] = if sound[i] == 0 || i >= to - from { 0.0 } else { updates[i] };
             }
             sums = (sums.0 + squares(&w), sums.1 + squares(&updates));
             continue;
@@ -172,28 +178,45 @@ fn blocks<L: Law, W: Ways>(rule: Rule, mut task: Task<'_>, common: &Common) {
 }
 
 /// New states, updates, and which of them count (all bits) or do not (0, and the states are left as they were).
+///
+/// Its callers are not inlined anywhere: only arguments are known to the compiler to lie apart, and without that it makes no
+/// vectors of this.
 #[inline(always)]
-fn update<L: Law, const SKIP: bool>(
+pub(super) fn update<L: Law>(
     w: &Block,
     g: &Block,
-    states: &mut [Block; 3],
+    [a, b, c]: &mut [Block; 3],
     updates: &mut Block,
     sound: &mut [u32; BLOCK],
     k: &Scalars,
-    scale: f32,
+    (scale, skip_zeros): (f32, bool),
 ) {
-    let [a, b, c] = states;
+    let k = *k;
+    let skip = if skip_zeros { 0.0 } else { f32::NAN };
     for i in 0..BLOCK {
         let old: Three = [a[i], b[i], c[i]];
         let g = g[i] * scale;
-        let (new, update) = L::update(old, k.l2.mul_add(w[i], g), k);
-        let counts = is_sound::<L>(new) & !(SKIP & (g == 0.0));
+        let (new, update) = L::update(old, k.l2.mul_add(w[i], g), &k);
+        let counts = is_sound::<L>(new) & (g != skip);
         sound[i] = if counts { u32::MAX } else { 0 };
         updates[i] = update;
         a[i] = if counts { new[0] } else { old[0] };
         b[i] = if counts { new[1] } else { old[1] };
         c[i] = if counts { new[2] } else { old[2] };
     }
+}
+
+/// The sum of squares of a block, which is zero past the end.
+#[inline(always)]
+fn squares(block: &Block) -> f64 {
+    const LANES: usize = 16;
+    let mut sums = [0.0; LANES];
+    for part in block.chunks_exact(LANES) {
+        for (sum, &v) in sums.iter_mut().zip(part) {
+            *sum += f64::from(v) * f64::from(v);
+        }
+    }
+    sums.iter().sum()
 }
 
 /// Writes `w − deltas` to elements `from` up to `to`.
@@ -251,6 +274,18 @@ impl Ways for Portable {
     fn decode(codes: &[u8], signed: bool, scale: f32, to: &mut Block) {
         let map = crate::codebook::dynamic_map(signed);
         to.iter_mut().zip(codes).for_each(|(to, &code)| *to = map[usize::from(code)] * scale);
+    }
+
+    fn update<L: Law>(
+        w: &Block,
+        g: &Block,
+        states: &mut [Block; 3],
+        updates: &mut Block,
+        sound: &mut [u32; BLOCK],
+        k: &Scalars,
+        scaling: (f32, bool),
+    ) {
+        update::<L>(w, g, states, updates, sound, k, scaling);
     }
 
     fn encode(from: &Block, signed: bool, codes: &mut [u8]) -> f32 {

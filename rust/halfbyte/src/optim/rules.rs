@@ -15,6 +15,7 @@ pub(super) trait Law {
     fn update(states: Three, g: f32, k: &Scalars) -> (Three, f32);
 
     /// The state that is NaN, infinite or too large if any is, or if the gradient was.
+    #[inline(always)]
     fn watched(states: Three) -> f32 {
         states[Self::STATES - 1]
     }
