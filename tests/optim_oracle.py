@@ -1,9 +1,9 @@
 """The optimizers of the real bitsandbytes, asked from another process: it cannot share one with its stand-in.
 
-``python optim_oracle.py REQUESTS ANSWERS``: both files of ``torch.save``. A request is a dict: ``cls`` and ``kwargs`` of
-an optimizer, ``params``, a list of lists of gradients, one a step, and a ``state_dict`` to load first or None. The answer
-has the ``params`` and the ``state_dict`` after those steps, or the ``error``. The request ``"signatures"`` is answered
-by the constructors' arguments.
+``python optim_oracle.py REQUESTS ANSWERS``: both files of ``torch.save``. A request is a dict: ``cls`` and ``kwargs``
+of an optimizer, ``params``, a list of lists of gradients, one a step, and a ``state_dict`` to load first or None. Its
+answer has the ``params`` and the ``state_dict`` after those steps, or the ``error``. The request ``"signatures"`` is
+answered by the constructors' arguments.
 """
 
 import inspect
