@@ -300,7 +300,8 @@ def test_small_steps_are_kept(cls, dtype, way, device):
     if way == "kahan_sum":
         kept = kept + optimizer.state[p]["compensation"].double()
         assert torch.equal(p.detach(), kept.to(dtype))
-    assert 1.5 - kept.mean().item() == pytest.approx(moved, rel=0.05)
+    # What Kahan keeps of a step is itself rounded to 16 bits.
+    assert 1.5 - kept.mean().item() == pytest.approx(moved, rel=0.1 if way == "kahan_sum" else 0.05)
 
 
 def test_stochastic_rounding_depends_on_its_seed_alone(device):
