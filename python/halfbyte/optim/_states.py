@@ -54,22 +54,57 @@ def blocks(param: Tensor) -> int:
     return -(-param.numel() // BLOCKSIZE)
 
 
-def wrap(state: Mapping[str, Any], names: frozenset[str] | set[str]) -> dict[str, Any]:
-    """Return a copy of one parameter's state for a state dict: tensors of `names` nested, the step a number."""
+def shard_of(param: Tensor) -> str:
+    """Return what tells this process's part of a distributed parameter from the others, as in ``".shard1of4"``.
+
+    The empty string for one that is whole in every process.
+    """
+    index, count = 0, 1
+    mesh: Any = getattr(param, "device_mesh", None)
+    coordinate = mesh.get_coordinate() if mesh is not None else None
+    if coordinate is None:
+        return ""
+    for dim, placement in enumerate(getattr(param, "placements", ())):
+        if placement.is_shard():
+            index, count = index * mesh.size(dim) + coordinate[dim], count * mesh.size(dim)
+    return f".shard{index}of{count}" if count > 1 else ""
+
+
+def wrap(state: Mapping[str, Any], names: frozenset[str] | set[str], shard: str = "") -> dict[str, Any]:
+    """Return a copy of one parameter's state for a state dict: tensors of `names` nested, the step a number.
+
+    States of a part have its name behind theirs: a distributed checkpoint keeps one tensor of a name, and would give
+    all processes the states of one.
+    """
     # Another tensor object on the same memory does not take along what marks paged ones.
-    wrapped = {
-        key: value.detach() if isinstance(value, Tensor) else value for key, value in state.items() if key in names
-    }
+    tensors = {key + shard: value for key, value in state.items() if key in names}
+    wrapped = {key: value.detach() if isinstance(value, Tensor) else value for key, value in tensors.items()}
     flat = {key: value for key, value in state.items() if key not in names}
     if isinstance(flat.get("step"), Tensor):
         flat["step"] = int(flat["step"].item())
     return flat | {WRAPPED: wrapped} if wrapped else flat
 
 
-def unwrap(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of one parameter's entry of a state dict, flat. Flat ones come from versions before 0.46."""
+def unwrap(state: Mapping[str, Any], shard: str, where: str) -> dict[str, Any]:
+    """Return a copy of one parameter's entry of a state dict, flat. Flat ones come from versions before 0.46.
+
+    Raises
+    ------
+    CheckpointError
+        If it holds parts of the parameter, and not the part `shard`.
+    """
     flat = {key: value for key, value in state.items() if key != WRAPPED}
-    return flat | dict(state.get(WRAPPED, {}))
+    wrapped = dict(state.get(WRAPPED, {}))
+    parts = {key for key in wrapped if ".shard" in key}
+    if parts:
+        ours = {key for key in parts if shard and key.endswith(shard)}
+        if not ours:
+            raise CheckpointError(
+                f"{where}: expected states of {shard[1:] or 'the whole parameter'}, got {', '.join(sorted(parts))}; "
+                "sharded states are loaded by as many processes as saved them, each its own"
+            )
+        wrapped = {key.removesuffix(shard): value for key, value in wrapped.items() if key in ours or key not in parts}
+    return flat | wrapped
 
 
 def modernize(state: dict[str, Any], param: Tensor, where: str) -> None:

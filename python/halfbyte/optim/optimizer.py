@@ -33,6 +33,7 @@ from halfbyte.optim._states import (
     check_groups,
     complete,
     modernize,
+    shard_of,
     unwrap,
     wrap,
 )
@@ -201,6 +202,10 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
             raise UnsupportedError(f"optim_bits: expected 8 or 32, got {bits}")
         local = plain(p)
         ops.check_dtype(f"params[{pindex}]", local.dtype)
+        if config["max_unorm"] > 0.0 and shard_of(p):
+            raise UnsupportedError(
+                "max_unorm: the norm of a parameter that is spread over processes is not known to one"
+            )
         eight = bits == 8 and local.numel() >= config["min_8bit_size"]
         dtype = torch.uint8 if eight else torch.float32
         copies = 2 if self.optimizer_name == "ademamix" else 1
@@ -343,8 +348,9 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
         state_dict: dict[str, Any] = super().state_dict()
         if any(is_paged(value) for state in self.state.values() for value in state.values()):
             torch.cuda.synchronize()
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         state_dict["state"] = {
-            key: wrap(state, self.non_castable_tensor_keys) if isinstance(state, dict) else state
+            key: wrap(state, self.non_castable_tensor_keys, shard_of(params[key])) if isinstance(key, int) else state
             for key, state in state_dict["state"].items()
         }
         return state_dict
@@ -384,9 +390,10 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
             if key not in params:
                 state[key] = deepcopy(entry)
                 continue
-            flat = unwrap(entry)
-            modernize(flat, plain(params[key]), f"state[{key!r}]")
-            state[params[key]] = self._placed(flat, plain(params[key]), move_to_device)
+            param, where = params[key], f"state[{key!r}]"
+            flat = unwrap(entry, shard_of(param), where)
+            modernize(flat, plain(param), where)
+            state[param] = self._placed(flat, plain(param), move_to_device)
         # A group keeps the options of its own that the file does not know.
         groups = [
             {**group, **saved, "params": group["params"]}
