@@ -90,7 +90,7 @@ RULES = {
 }
 FAMILIES += [Family("optim_group", "optim_group.cu", ("75", "80"))]
 FAMILIES += [
-    Family(f"optim_{name}", "optim.cu", ("75", "80"), {"ENTRY": name, **defines}) for name, defines in RULES.items()
+    Family(f"optim_{name}", "optim.cu", ("75", "90"), {"ENTRY": name, **defines}) for name, defines in RULES.items()
 ]
 
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.

@@ -30,6 +30,7 @@ struct Parameter {
     DEVICE bool aligned() const { return about & 32; }
     DEVICE bool master() const { return about & 64; }
     DEVICE bool compensated() const { return about & 128; }
+    DEVICE bool fetched() const { return about & 256; }  // everything lies at multiples of 16
     DEVICE u32 index() const { return u32(about >> 32); }
 };
 static_assert(sizeof(Parameter) == 96, "as rust/halfbyte/src/optim/cuda.rs has it");
@@ -41,46 +42,73 @@ struct Group {
     DEVICE const u8* grad(u32 i) const { return reinterpret_cast<const u8*>(__ldg(words + i)); }
     DEVICE const Parameter* at(u32 i) const { return reinterpret_cast<const Parameter*>(words + count) + i; }
     DEVICE const u64* starts() const { return words + count * 13ull; }
-    DEVICE u64 blocks() const { return __ldg(starts() + count); }
+    DEVICE u32 start(u32 i) const { return u32(__ldg(starts() + i)); }  // fewer than 2^32 blocks: the host sees to it
 };
 
 // The parameter that a block belongs to, found by a warp together: it looks at 32 places at a time.
 struct Place {
-    u32 which = 0;
-    u64 first = 0, end = 0;
+    u32 which = 0, first = 0, end = 0;
     // Whether it is another one than before.
-    DEVICE bool seek(const Group& group, u64 block, u32 lane) {
+    DEVICE bool seek(const Group& group, u32 block, u32 lane) {
         if (block < end) return false;
         u32 low = which, high = group.count;
         while (high - low > 1) {
             const u32 step = (high - low + WARP - 1) / WARP, at = low + step * lane;
-            const u32 votes = __ballot_sync(ALL_LANES, at < high && __ldg(group.starts() + min(at, group.count)) <= block);
+            const u32 votes = __ballot_sync(ALL_LANES, at < high && group.start(min(at, group.count)) <= block);
             low += step * (31 - __clz(votes));
             high = min(high, low + step);
         }
         which = low;
-        first = __ldg(group.starts() + low);
-        end = __ldg(group.starts() + low + 1);
+        first = group.start(low);
+        end = group.start(low + 1);
         return true;
     }
 };
 
 enum Type : u32 { BF16_TYPE, F16_TYPE, F32_TYPE };
 
+// Loads and stores of what is used once: pointers that come from a table are not known to be global, and L1 has no use for the data.
+DEVICE uint4 load_four(const u8* from) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+DEVICE uint2 load_two(const u8* from) {
+    uint2 v;
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    return v;
+}
+DEVICE float load_float(const float* from) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
+    return v;
+}
+DEVICE void store_four(u8* to, u32 x, u32 y, u32 z, u32 w) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+DEVICE void store_two(u8* to, uint2 v) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory"); }
+
+// The eight elements of a parameter that a lane has: of block `number`.
+struct Spot {
+    u32 number, lane;
+    bool whole;  // the whole block is there, and lies so that it can be had by 16 bytes
+    u64 n;       // elements of the parameter
+    DEVICE u64 first() const { return u64(number) * BLOCK + lane * 8; }
+    DEVICE u64 offset(u32 size) const { return u64(number) * (BLOCK * size) + lane * (8 * size); }
+};
+
 // Eight neighbouring elements of a type that is known at run time, as they lie in memory: whole, or those before the end. They are
 // asked for, and turned into floats later, so that other loads can be under way meanwhile.
 struct Raw {
     u32 words[8];
-    DEVICE void load(const u8* from, u32 type, u64 first, u64 n, bool whole) {
-        if (whole) {
-            if (type == F32_TYPE) {
-                set(0, *reinterpret_cast<const uint4*>(from + first * 4));
-                set(4, *reinterpret_cast<const uint4*>(from + first * 4 + 16));
-            } else {
-                set(0, *reinterpret_cast<const uint4*>(from + first * 2));
-            }
+    DEVICE void load(const u8* from, u32 type, Spot spot) {
+        if (spot.whole) {
+            const u8* at = from + spot.offset(type == F32_TYPE ? 4 : 2);
+            set(0, load_four(at));
+            if (type == F32_TYPE) set(4, load_four(at + 16));
             return;
         }
+        const u64 first = spot.first(), n = spot.n;
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) words[i] = 0;
 #pragma unroll
@@ -90,16 +118,14 @@ struct Raw {
             else words[i / 2] |= u32(reinterpret_cast<const u16*>(from)[first + i]) << (i % 2 * 16);
         }
     }
-    DEVICE void store(u8* to, u32 type, u64 first, u64 n, bool whole) const {
-        if (whole) {
-            if (type == F32_TYPE) {
-                *reinterpret_cast<uint4*>(to + first * 4) = make_uint4(words[0], words[1], words[2], words[3]);
-                *reinterpret_cast<uint4*>(to + first * 4 + 16) = make_uint4(words[4], words[5], words[6], words[7]);
-            } else {
-                *reinterpret_cast<uint4*>(to + first * 2) = make_uint4(words[0], words[1], words[2], words[3]);
-            }
+    DEVICE void store(u8* to, u32 type, Spot spot) const {
+        if (spot.whole) {
+            u8* at = to + spot.offset(type == F32_TYPE ? 4 : 2);
+            store_four(at, words[0], words[1], words[2], words[3]);
+            if (type == F32_TYPE) store_four(at + 16, words[4], words[5], words[6], words[7]);
             return;
         }
+        const u64 first = spot.first(), n = spot.n;
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) {
             if (first + i >= n) continue;

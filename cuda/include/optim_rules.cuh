@@ -14,7 +14,8 @@ DEVICE float over_root(float v, float eps) {
     return r;
 }
 
-// STATES of a rule, how many of the first of them have the signed map, and new states and update of an element. The last state is
+// STATES of a rule, how many of the first of them have the signed map, new states and update of an element, and the numbers for states
+// that are still to be multiplied by these scales. The last state is
 // too large, infinite or NaN if any is or if the gradient was.
 struct Adam {
     static constexpr u32 STATES = 2, SIGNED = 1;
@@ -23,6 +24,7 @@ struct Adam {
         s[1] = average_square(s[1], g, k.beta2, k.rest2);
         return k.rate * s[0] * over_root(s[1], k.eps);
     }
+    static DEVICE void fold(Scalars& k, const float (&scales)[2]) { k.beta1 *= scales[0], k.beta2 *= scales[1]; }
 };
 struct AdEMAMix {
     static constexpr u32 STATES = 3, SIGNED = 2;
@@ -32,6 +34,9 @@ struct AdEMAMix {
         s[2] = average_square(s[2], g, k.beta2, k.rest2);
         return __fmaf_rn(k.rate, s[0], k.rate2 * s[1]) * over_root(s[2], k.eps);
     }
+    static DEVICE void fold(Scalars& k, const float (&scales)[3]) {
+        k.beta1 *= scales[0], k.beta3 *= scales[1], k.beta2 *= scales[2];
+    }
 };
 struct Lion {
     static constexpr u32 STATES = 1, SIGNED = 1;
@@ -40,6 +45,7 @@ struct Lion {
         s[0] = average(s[0], g, k.beta2, k.rest2);
         return direction == 0.f ? 0.f : copysignf(k.rate, direction);
     }
+    static DEVICE void fold(Scalars& k, const float (&scales)[1]) { k.beta1 *= scales[0], k.beta2 *= scales[0]; }
 };
 struct Momentum {
     static constexpr u32 STATES = 1, SIGNED = 1;
@@ -47,6 +53,7 @@ struct Momentum {
         s[0] = average(s[0], g, k.beta1, k.rest1);
         return __fmaf_rn(k.rate, s[0], k.rate2 * g);
     }
+    static DEVICE void fold(Scalars& k, const float (&scales)[1]) { k.beta1 *= scales[0]; }
 };
 struct RmsProp {
     static constexpr u32 STATES = 1, SIGNED = 1;
@@ -54,11 +61,13 @@ struct RmsProp {
         s[0] = average_square(s[0], g, k.beta1, k.rest1);
         return k.rate * g * over_root(s[0], k.eps);
     }
+    static DEVICE void fold(Scalars& k, const float (&scales)[1]) { k.beta1 *= scales[0]; }
 };
 struct Adagrad {
     static constexpr u32 STATES = 1, SIGNED = 1;
     static DEVICE float update(float (&s)[1], float g, const Scalars& k) {
-        s[0] = __fmaf_rn(g, g, s[0]);
+        s[0] = __fmaf_rn(g, g, k.beta1 * s[0]);  // beta1 is 1
         return k.rate * g * over_root(s[0], k.eps);
     }
+    static DEVICE void fold(Scalars& k, const float (&scales)[1]) { k.beta1 *= scales[0]; }
 };

@@ -61,6 +61,14 @@ template <int MANTISSA, bool SIGNED> struct SearchTable {
         const i32 at = order(scaled);
         return entries[(at >> PLACE) + BELOW] + (u32(at) << UP);
     }
+    // The same with the shared address of `entries`, less BELOW rows, which saves the compiler from 64-bit arithmetic.
+    DEVICE u32 place() const { return shared_address(entries + BELOW); }
+    static DEVICE u32 encode_at(u32 place, float scaled) {
+        const i32 at = order(scaled);
+        u32 entry;
+        asm("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(place + u32(at >> PLACE) * 4));
+        return entry + (u32(at) << UP);
+    }
     // For any map and any x̂.
     DEVICE u32 search(float x, const Midpoints& midpoints) const {
         const i32 row = order(x * 0x1p-100f) >> PLACE;

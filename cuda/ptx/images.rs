@@ -207,10 +207,10 @@ pub static IMAGES: &[Image] = &[
     },
     Image {
         family: "optim_adam",
-        capability: 80,
+        capability: 90,
         specific: false,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("optim_adam.compute_80.ptx"), "\0"),
+        ptx: concat!(include_str!("optim_adam.compute_90.ptx"), "\0"),
     },
     Image {
         family: "optim_ademamix",
@@ -221,10 +221,10 @@ pub static IMAGES: &[Image] = &[
     },
     Image {
         family: "optim_ademamix",
-        capability: 80,
+        capability: 90,
         specific: false,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("optim_ademamix.compute_80.ptx"), "\0"),
+        ptx: concat!(include_str!("optim_ademamix.compute_90.ptx"), "\0"),
     },
     Image {
         family: "optim_lion",
@@ -235,10 +235,10 @@ pub static IMAGES: &[Image] = &[
     },
     Image {
         family: "optim_lion",
-        capability: 80,
+        capability: 90,
         specific: false,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("optim_lion.compute_80.ptx"), "\0"),
+        ptx: concat!(include_str!("optim_lion.compute_90.ptx"), "\0"),
     },
     Image {
         family: "optim_momentum",
@@ -249,10 +249,10 @@ pub static IMAGES: &[Image] = &[
     },
     Image {
         family: "optim_momentum",
-        capability: 80,
+        capability: 90,
         specific: false,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("optim_momentum.compute_80.ptx"), "\0"),
+        ptx: concat!(include_str!("optim_momentum.compute_90.ptx"), "\0"),
     },
     Image {
         family: "optim_rmsprop",
@@ -263,10 +263,10 @@ pub static IMAGES: &[Image] = &[
     },
     Image {
         family: "optim_rmsprop",
-        capability: 80,
+        capability: 90,
         specific: false,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("optim_rmsprop.compute_80.ptx"), "\0"),
+        ptx: concat!(include_str!("optim_rmsprop.compute_90.ptx"), "\0"),
     },
     Image {
         family: "optim_adagrad",
@@ -277,9 +277,9 @@ pub static IMAGES: &[Image] = &[
     },
     Image {
         family: "optim_adagrad",
-        capability: 80,
+        capability: 90,
         specific: false,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("optim_adagrad.compute_80.ptx"), "\0"),
+        ptx: concat!(include_str!("optim_adagrad.compute_90.ptx"), "\0"),
     },
 ];

@@ -28,6 +28,8 @@ DEVICE Scalars scalars_of(const Hyper& h, u32 rule, double lr, double t) {
         if (h.nesterov != 0) rate = lr * h.beta1, rate2 = lr;
         beta1 = t <= 1 ? 0 : h.beta1;
         rest1 = t <= 1 ? 1 : 1.0 - h.dampening;
+    } else if (rule == ADAGRAD) {
+        beta1 = 1;
     }
     const bool decoupled = h.decoupled != 0;
     Scalars k;
@@ -70,18 +72,19 @@ KERNEL __launch_bounds__(128) optim_prepare(const Group group,
 // Sums of squares of gradients, a block of 256 each: sums[block].x.
 KERNEL __launch_bounds__(256) optim_squares(const Group group, float2* sums) {
     const u32 lane = threadIdx.x % WARP;
-    const u64 blocks = group.blocks(), warps = u64(gridDim.x) * (blockDim.x / WARP);
+    const u32 blocks = group.start(group.count), warps = gridDim.x * (blockDim.x / WARP);
     Place place;
-    for (u64 block = u64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP; block < blocks; block += warps) {
+    for (u32 block = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; block < blocks; block += warps) {
         place.seek(group, block, lane);
         const u8* grad = group.grad(place.which);
         float sum = 0.f;
         if (grad != nullptr) {
             const Parameter& at = *group.at(place.which);
-            const u64 number = block - place.first, first = number * BLOCK + lane * 8;
+            const u32 number = block - place.first;
+            const Spot spot{number, lane, at.aligned() && number < u32(at.n / BLOCK), at.n};
             Raw raw;
             float g[8];
-            raw.load(grad, at.grad_type(), first, at.n, at.aligned() && (number + 1) * BLOCK <= at.n);
+            raw.load(grad, at.grad_type(), spot);
             raw.get(at.grad_type(), g);
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) sum += g[i] * g[i];
@@ -96,7 +99,7 @@ KERNEL __launch_bounds__(256) optim_reduce(const Group group, const float2* sums
     __shared__ double2 shared[8];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     for (u32 which = blockIdx.y; which < group.count; which += gridDim.y) {
-        const u64 first = __ldg(group.starts() + which), blocks = __ldg(group.starts() + which + 1) - first;
+        const u64 first = group.start(which), blocks = group.start(which + 1) - first;
         const u64 part = (blocks + SLICES - 1) / SLICES, from = min(blocks, part * blockIdx.x), to = min(blocks, from + part);
         double2 sum = make_double2(0, 0);
         for (u64 i = from + threadIdx.x; i < to; i += blockDim.x) {

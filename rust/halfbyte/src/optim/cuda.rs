@@ -6,7 +6,7 @@
 use super::{BLOCK, Common, Hyper, Rule, Scalars};
 use crate::device::cuda::{Arguments, Kernel, Launch, Pointer, Stream, device, dtype_index};
 use crate::element::Dtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A parameter in device memory and what belongs to it; null for what is not there.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -148,18 +148,17 @@ impl Entry {
     /// Types, and which ways are to be taken: `Parameter::about` of cuda/include/optim.cuh.
     fn about(&self) -> u64 {
         let kind = |dtype: Option<Dtype>| dtype.map_or(0, dtype_index) as u64;
-        let pointers = [self.p.0, self.grad.0, self.master, self.compensation].into_iter().chain(self.states);
-        let aligned = pointers.fold(0, |all, pointer| all | pointer) % 16;
-        // Eight codes are eight bytes.
-        let codes = self.states.into_iter().fold(0, |all, pointer| all | pointer) % 8;
-        let others = [self.p.0, self.grad.0, self.master, self.compensation];
-        let aligned = if self.eight { codes == 0 && others.iter().all(|p| p % 16 == 0) } else { aligned == 0 };
+        let at = |multiple: u64, pointers: &[Pointer]| pointers.iter().all(|p| p % multiple == 0);
+        let fetched = at(16, &[self.p.0, self.grad.0, self.master, self.compensation]) && at(16, &self.states);
+        // Eight elements are 16 bytes, or 32, but 8 of codes.
+        let aligned = fetched || self.eight && at(16, &[self.p.0, self.grad.0, self.master, self.compensation]) && at(8, &self.states);
         kind(self.p.1)
             | kind(self.grad.1) << 2
             | u64::from(self.eight) << 4
             | u64::from(aligned) << 5
             | u64::from(self.master != 0) << 6
             | u64::from(self.compensation != 0) << 7
+            | u64::from(fetched) << 8
             | u64::from(self.index) << 32
     }
 
@@ -260,7 +259,7 @@ fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, blocks: u6
     const SLOT: u32 = 176;
     let states = rule.signed().len();
     let most = if states > 2 { 512 } else { 768 };
-    let copies = if device(stream.device)?.capability >= 80 { 32 } else { 8 };
+    let copies = if device(stream.device)?.capability >= 90 { 32 } else { 8 };
     let (signed, unsigned) = (4 * 2 * 1729, 4 * 3457);
     let maps = if states > 1 { signed + unsigned + 2 * 1024 * copies } else { signed + 1024 * copies };
     let threads = if extras { 512 } else { most };
@@ -341,6 +340,9 @@ pub unsafe fn step(
     factors: &Factors,
     range: Option<(u64, u64)>,
 ) -> Result<()> {
+    if table.blocks() > u64::from(u32::MAX) / 2 {
+        return Err(Error::value("params", "fewer than 2^39 elements in a group", table.blocks() * BLOCK as u64));
+    }
     let (from, to) = range.unwrap_or((0, table.blocks()));
     if from >= to {
         return Ok(());

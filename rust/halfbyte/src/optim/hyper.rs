@@ -120,7 +120,8 @@ impl Hyper {
                 }
                 (beta1, rest1) = if t <= 1 { (0.0, 1.0) } else { (self.beta1, 1.0 - self.dampening) };
             }
-            Rule::Lion | Rule::RmsProp | Rule::Adagrad => {}
+            Rule::Adagrad => beta1 = 1.0,
+            Rule::Lion | Rule::RmsProp => {}
         }
         let decoupled = self.decoupled != 0.0;
         Scalars {
