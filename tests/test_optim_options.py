@@ -414,3 +414,31 @@ def test_ops_are_as_torch_wants_them():
     compiled(p, g, m)
     hb.functional.optimizer_update_32bit("lion", g, q, n, 0.9, 0.0, 1, 1e-3, None, 0.99)
     assert torch.equal(p, q) and torch.equal(m, n)
+
+
+def test_a_compiled_training_step():
+    model = torch.nn.Linear(128, 128)
+    optimizer = optim.AdamW8bit(model.parameters())
+
+    @torch.compile(backend="eager")
+    def train(x):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for step in range(3):
+        before = model.weight.detach().clone()
+        train(torch.randn(4, 128))
+        assert optimizer.state[model.weight]["step"] == step + 1
+        assert not torch.equal(model.weight, before)
+
+
+def test_threads_of_the_cpu_are_torchs(monkeypatch):
+    seen = []
+    monkeypatch.setattr(hb._native, "set_num_threads", seen.append)
+    torch.set_num_threads(2)
+    p = parameter(5000)
+    give_gradients([p])
+    optim.AdamW8bit([p]).step()
+    hb.functional.optimizer_update_32bit("lion", p.grad, p.detach(), torch.zeros(5000), 0.9, 0.0, 1, 1e-3, None, 0.99)
+    assert seen == [2, 2]

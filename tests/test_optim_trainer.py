@@ -83,6 +83,21 @@ def plain(optimizer):
     return getattr(optimizer, "optimizer", optimizer)
 
 
+def test_the_stand_in_for_bitsandbytes_has_the_same_classes():
+    import bitsandbytes.optim
+    import bitsandbytes.optim.ademamix
+    import bitsandbytes.optim.optimizer
+
+    for name in set(optim.__all__) - {"MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "Options"}:
+        assert getattr(bitsandbytes.optim, name) is getattr(optim, name)
+        if name != "GlobalOptimManager":
+            module = getattr(optim, name).__module__.rpartition(".")[2]
+            assert getattr(getattr(bitsandbytes.optim, module), name) is getattr(optim, name)
+    for name in ("MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "GlobalOptimManager"):
+        assert getattr(bitsandbytes.optim.optimizer, name) is getattr(optim, name)
+    assert bitsandbytes.optim.ademamix._ReferenceAdEMAMix is optim.ademamix._ReferenceAdEMAMix
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_trains(name, texts, tmp_path, device):

@@ -259,6 +259,8 @@ def _update(
         raise ArgumentError(f"step: expected the number of this step, from 1, got {step}")
     if g.shape != p.shape:
         raise ShapeError(f"g: expected shape {list(p.shape)} like p, got {list(g.shape)}")
+    if p.is_cpu:
+        ops._sync_threads()
     given = {name: value for name, value in state.items() if value is not None}
     plan = _native.OptimPlan(rule, [p], [given | {"step": step - 1}])
     dampening = {"dampening": 0.0} if rule in ("momentum", "lars") else {}

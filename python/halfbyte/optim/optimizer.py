@@ -285,18 +285,23 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    # There is nothing to trace in it; a closure, which may be compiled, has run before.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _update(self) -> None:
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
         if type(self).update_step is not Optimizer8bit.update_step:
             self._step_one_by_one()
-            return loss
+            return
         plans = self._plans
         if plans is None or not plans.are_current(self):
             plans = self._plans = Plans(self)
         self._run([(run, self.get_config(gindex, pindex, group)) for run, group, gindex, pindex in plans.runs])
-        return loss
 
     def _step_one_by_one(self) -> None:
         """Make a step of a subclass that has an update of its own."""
@@ -323,6 +328,8 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
             self.grad_norm = total_norm([run for run, _ in runs], grad_scale)
         for run, config in runs:
             device = plain(run.params[0]).device
+            if device.type == "cpu":
+                ops._sync_threads()
             lr = config["lr"]
             run.plan.step(
                 lr if self.capturable or not isinstance(lr, Tensor) else lr.item(),
