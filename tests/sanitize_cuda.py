@@ -60,6 +60,9 @@ def main() -> None:
             y.cpu()
         experts(dtype, code)
         int8(dtype)
+
+
+        optimizers(dtype)
     torch.cuda.synchronize()
 
 
@@ -127,6 +130,46 @@ def int8(dtype: torch.dtype) -> None:
         _native.int8_column_stats(a, by_column, 6.0)
         _native.int8_quantize_columns(a, by_column, q, 6.0)
         out.cpu(), back.cpu(), q.cpu()
+
+
+def optimizer_state(rule: str, n: int, bits: int) -> dict[str, object]:
+    """States of zeros of a parameter of `n` elements."""
+    halves = {"adam": ((1, n), (1, n)), "lamb": ((1, n), (1, n)), "ademamix": ((2, n), (1, n))}.get(rule, ((1, n),))
+    state: dict[str, object] = {"step": 0}
+    for number, (rows, length) in enumerate(halves, 1):
+        kind = torch.uint8 if bits == 8 else torch.float32
+        state[f"state{number}"] = torch.zeros(rows, length, dtype=kind, device="cuda")
+        state[f"absmax{number}"] = torch.zeros(rows, -(-length // 256), device="cuda")
+    if rule in ("lars", "lamb"):
+        state["unorm_vec"] = torch.zeros(1, device="cuda")
+    return state
+
+
+def optimizers(dtype: torch.dtype) -> None:
+    """Every rule over ragged, misaligned and mixed groups; extras, sums, step counts on the device."""
+    rules = ("adam", "ademamix", "lion", "momentum", "lars", "lamb", "rmsprop", "adagrad")
+    total = torch.zeros(1, device="cuda")
+    for rule in rules:
+        for extra in ("none", "master", "compensation", "chance", "device"):
+            sizes, states = [1, 300, 256 * 40, 5003, 777], []
+            params = [torch.randn(n, device="cuda").to(dtype) for n in sizes[:-1]]
+            params.append(torch.randn(sizes[-1] + 1, device="cuda").to(dtype)[1:])
+            for number, param in enumerate(params):
+                state = optimizer_state(rule, param.numel(), 8 if number % 2 else 32)
+                if extra == "master":
+                    state["master"] = param.float()
+                if extra == "compensation":
+                    state["compensation"] = torch.zeros_like(param)
+                states.append(state)
+            plan = _native.OptimPlan(rule, params, states, extra == "device")
+            grads = [torch.randn_like(param) for param in params]
+            grads[3] = grads[3].float()
+            for step in range(2):
+                given = [None if step and number == 1 else grad for number, grad in enumerate(grads)]
+                chance = {"stochastic": extra == "chance", "seed": 7}
+                plan.step(1e-3, weight_decay=0.1, max_unorm=0.1, beta3=0.9, alpha=1.0, grads=given, **chance)
+            _native.optim_grad_norm([plan, plan], total, [grads, grads])
+            total.item()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Importing this package makes an absent ``bitsandbytes`` importable (``HALFBYTE_N
 :func:`replace_bitsandbytes` does it to an installed one.
 """
 
-from halfbyte import _dropin, _native, errors, functional, nn, ops
+from halfbyte import _dropin, _native, errors, functional, nn, ops, optim
 from halfbyte._dropin import replace_bitsandbytes
 from halfbyte._fuse import fuse_linears, unfuse_linears
 from halfbyte._grouped import matmul_4bit_experts, matmul_4bit_group
@@ -34,6 +34,7 @@ __all__ = [
     "matmul_4bit_group",
     "nn",
     "ops",
+    "optim",
     "quantize_model",
     "replace_bitsandbytes",
     "unfuse_linears",

@@ -124,3 +124,29 @@ def simd_level() -> str: ...
 def simd_levels() -> list[str]: ...
 def build_info() -> dict[str, Any]: ...
 def cuda_info() -> dict[str, Any]: ...
+
+class OptimPlan:
+    """Parameters of one device that are updated together, and their states: kept by reference, read at every step."""
+
+    def __init__(
+        self, rule: str, params: list[Any], states: list[dict[str, Any]], capturable: bool = False
+    ) -> None: ...
+    def step(
+        self,
+        lr: Any,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        beta3: float = 0.0,
+        alpha: float = 0.0,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> int: ...
+
+def optim_grad_norm(plans: list[OptimPlan], out: Any, grads: list[Any] | None = None) -> None: ...
+
+class PagedBuffer:
+    """Managed memory, zeroed, with the buffer protocol; freed when the last user lets go."""
+
+    def __init__(self, nbytes: int, device: int) -> None: ...
+    def prefetch(self, device: int) -> None: ...

@@ -27,6 +27,7 @@ from halfbyte._int8 import (
 )
 from halfbyte._interop import giver_back, to_torch
 from halfbyte._matmul import matmul_4bit, statistics
+from halfbyte._optimizer_update import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from halfbyte._tables import FLOAT_DTYPES, NESTED_BLOCKSIZE, STORAGE_DTYPES, code_4bit, dynamic_map, dynamic_values
 from halfbyte.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from halfbyte.quant_state import QuantState
@@ -48,6 +49,8 @@ __all__ = [
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "matmul_4bit",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",

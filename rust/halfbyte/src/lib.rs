@@ -11,6 +11,7 @@ mod error;
 pub mod four_bit;
 pub mod int8;
 pub mod layout;
+pub mod optim;
 pub mod state;
 
 pub use codebook::Kind;

@@ -12,6 +12,7 @@ mod int8;
 #[cfg(feature = "cuda")]
 mod int8_cuda;
 mod openmp;
+mod optim;
 mod search;
 
 use pyo3::prelude::*;
@@ -30,6 +31,11 @@ mod _native {
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::optim::PagedBuffer;
+    #[pymodule_export]
+    use super::optim::{OptimPlan, optim_grad_norm};
     #[pymodule_export]
     use super::int8::{
         int8_column_stats, int8_dequantize_rows, int8_levels, int8_linear, int8_linear_workspace, int8_matmul,

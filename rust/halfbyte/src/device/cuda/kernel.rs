@@ -215,16 +215,31 @@ impl Kernel {
     /// the stream has passed the launch.
     #[inline]
     pub unsafe fn launch(&self, stream: &Stream, launch: Launch, arguments: &mut Arguments) -> Result<()> {
-        let device = device(stream.device)?;
-        let _entered = device.enter()?;
-        let handle = self.handle(device)?;
         let mut pointers = [std::ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
         for (pointer, start) in pointers.iter_mut().zip(&arguments.starts[..arguments.len]) {
             *pointer = std::ptr::from_mut(&mut arguments.words[usize::from(*start)]).cast();
         }
+        // SAFETY: the caller's promise; the arguments outlive the call.
+        unsafe { self.launch_pointers(stream, launch, &mut pointers[..arguments.len]) }
+    }
+
+    /// As [`Kernel::launch`], with a pointer to each argument.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`], and the arguments must be there to read until this returns.
+    #[inline]
+    pub unsafe fn launch_pointers(
+        &self,
+        stream: &Stream,
+        launch: Launch,
+        pointers: &mut [*mut c_void],
+    ) -> Result<()> {
+        let device = device(stream.device)?;
+        let _entered = device.enter()?;
+        let handle = self.handle(device)?;
         if launch.cluster > 1 || launch.programmatic {
             // SAFETY: the handle is of a loaded module; the caller vouches for the arguments.
-            return unsafe { launch_with_attributes(handle, stream, launch, &mut pointers) };
+            return unsafe { launch_with_attributes(handle, stream, launch, pointers) };
         }
         // SAFETY: as above.
         unsafe {
@@ -234,7 +249,7 @@ impl Kernel {
                 (launch.threads, 1, 1),
                 launch.shared,
                 stream.handle.cast(),
-                &mut pointers[..arguments.len],
+                pointers,
             )
         }
         .named("cuLaunchKernel")
