@@ -67,7 +67,9 @@ FAMILIES += [
     for name, element in ELEMENTS.items()
 ]
 FAMILIES += [
-    Family(f"four_bit_wgmma_{name}_m{tokens}", "four_bit_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})
+    Family(
+        f"four_bit_wgmma_{name}_m{tokens}", "four_bit_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)}
+    )
     for name, element in ELEMENTS.items()
     for tokens in (16, 32, 64, 128)
 ]

@@ -60,8 +60,6 @@ def main() -> None:
             y.cpu()
         experts(dtype, code)
         int8(dtype)
-
-
         optimizers(dtype)
     torch.cuda.synchronize()
 

@@ -28,10 +28,19 @@ def weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("n", "k"), [(128, 256), (4096, 4096), (100, 64), (130, 192), (513, 1088), (1024, 14336), (7, 8192)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(128, 256), (4096, 4096), (100, 64), (130, 192), (513, 1088), (1024, 14336), (7, 8192)]
+)
 @pytest.mark.parametrize(
     ("kind", "block", "nested"),
-    [("nf4", 64, False), ("nf4", 64, True), ("fp4", 64, False), ("nf4", 128, False), ("nf4", 4096, True), ("fp4", 256, True)],
+    [
+        ("nf4", 64, False),
+        ("nf4", 64, True),
+        ("fp4", 64, False),
+        ("nf4", 128, False),
+        ("nf4", 4096, True),
+        ("fp4", 256, True),
+    ],
 )
 def test_every_kernel(n, k, kind, block, nested, dtype):
     torch.manual_seed(0)
