@@ -44,7 +44,6 @@ class Conversion:
         """Write what is no tensor; return files, bytes read and bytes written."""
 
 def inspect_checkpoint(path: Path) -> list[dict[str, Any]]: ...
-
 def quantize_4bit(
     a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int, scale_search: bool = False
 ) -> None: ...

@@ -98,7 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_run_demo)
 
     for name, about, description, add, run in (
-        ("quantize", "quantize a checkpoint, weight by weight", checkpoint.QUANTIZE, checkpoint.add_quantize, _quantize),
+        (
+            "quantize",
+            "quantize a checkpoint, weight by weight",
+            checkpoint.QUANTIZE,
+            checkpoint.add_quantize,
+            _quantize,
+        ),
         ("dequantize", "decode a quantized checkpoint", checkpoint.DEQUANTIZE, checkpoint.add_dequantize, _dequantize),
         ("inspect", "list what a checkpoint holds", checkpoint.INSPECT, checkpoint.add_inspect, _run_inspect),
     ):

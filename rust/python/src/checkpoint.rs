@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 
-use halfbyte::checkpoint::{Action, Conversion as Core, DequantizeOptions, Existing, Part, QuantizeOptions, Scheme, inspect};
+use halfbyte::checkpoint::{
+    Action, Conversion as Core, DequantizeOptions, Existing, Part, QuantizeOptions, Scheme, inspect,
+};
 use halfbyte::four_bit::{self, Spec};
 use halfbyte::{Dtype, Error};
 use pyo3::prelude::*;

@@ -51,10 +51,15 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=tuple(DTYPES), help="cast every float to this first (default: each as it is stored)"
     )
     parser.add_argument(
-        "--compute-dtype", choices=tuple(DTYPES), help="what readers compute in (default: --dtype, or that of the weights)"
+        "--compute-dtype",
+        choices=tuple(DTYPES),
+        help="what readers compute in (default: --dtype, or that of the weights)",
     )
     parser.add_argument(
-        "--storage", choices=tuple(STORAGES), default="uint8", help="dtype that packed bytes are viewed as (default: uint8)"
+        "--storage",
+        choices=tuple(STORAGES),
+        default="uint8",
+        help="dtype that packed bytes are viewed as (default: uint8)",
     )
     parser.add_argument(
         "--stacked-experts",

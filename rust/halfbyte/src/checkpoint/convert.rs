@@ -84,7 +84,7 @@ impl Conversion {
         let opened = open(source, destination)?;
         let plan = Plan::quantize(&opened, options)?;
         let about = format!(
-            "quantize {:?} search {} storage {} dtype {:?} shard {} device {}",
+            "quantize {:?}\nsearch {}\nstorage {}\ndtype {:?}\nshard {}\ndevice {}",
             options.scheme, options.scale_search, options.storage, options.dtype, options.shard_size, options.device
         );
         Self::new(opened, plan, destination, options.existing, &about, Some(Encoding::new(options)))
@@ -97,7 +97,7 @@ impl Conversion {
     pub fn dequantize(source: &Path, destination: &Path, options: &DequantizeOptions) -> Result<Self> {
         let opened = open(source, destination)?;
         let plan = Plan::dequantize(&opened, options)?;
-        let about = format!("dequantize dtype {:?} shard {}", options.dtype, options.shard_size);
+        let about = format!("dequantize\ndtype {:?}\nshard {}", options.dtype, options.shard_size);
         Self::new(opened, plan, destination, options.existing, &about, None)
     }
 

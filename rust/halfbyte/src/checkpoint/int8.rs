@@ -20,10 +20,11 @@ pub(super) fn quantize<T: Element>(weights: &[T], columns: usize, codes: &mut [u
                 .iter()
                 .map(half)
                 .fold(0.0, |most, v| if v.is_nan() || most.is_nan() { f32::NAN } else { most.max(v.abs()) });
-            let reciprocal = 127.0 / *scale;
+            // Two roundings, as torch has them where a number is divided by a tensor.
+            let factor = (1.0 / *scale) * 127.0;
             for (v, code) in row.iter().zip(codes) {
                 // A cast takes NaN, which 0 · ∞ is, for 0.
-                *code = (half(v) * reciprocal).round_ties_even() as i8 as u8;
+                *code = (half(v) * factor).round_ties_even() as i8 as u8;
             }
         }
     });

@@ -83,9 +83,22 @@ pub(super) const HEADS: [&str; 14] = [
     "seq_relationship",
     "head",
 ];
+/// Output layers of other names, which mostly share their weight with an embedding and are in no file, by model type.
+pub(super) const TIED_HEADS: [(&str, &str); 10] = [
+    ("albert", "predictions"),
+    ("distilbert", "vocab_projector"),
+    ("flaubert", "pred_layer"),
+    ("modernbert", "decoder"),
+    ("modernbert-decoder", "decoder"),
+    ("moonshine", "proj_out"),
+    ("vilt", "mlm_score"),
+    ("whisper", "proj_out"),
+    ("xlm", "pred_layer"),
+    ("xlnet", "lm_loss"),
+];
 /// Embeddings, by the last part of their path, beside what has `embed` or `emb` in it.
-const EMBEDDINGS: [&str; 8] =
-    ["wte", "wpe", "shared", "relative_attention_bias", "tok_embeddings", "token_type", "lookup", "codebook"];
+const EMBEDDINGS: [&str; 9] =
+    ["w", "wte", "wpe", "shared", "relative_attention_bias", "tok_embeddings", "token_type", "lookup", "codebook"];
 const ROUTERS: [&str; 6] = ["gate", "router", "shared_expert_gate", "gating", "wg", "switch"];
 /// Models whose layers `c_*` are of class `Conv1D`.
 const CONV1D: [&str; 5] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"];
@@ -109,10 +122,15 @@ pub(super) fn role(name: &str, dtype: Stored, shape: &[usize], model_type: &str,
     if module == name {
         return Role::Whole(Why::NoWeight);
     }
-    let last = parts[parts.len() - 1];
     let before = parts.len().checked_sub(2).map_or("", |i| parts[i]);
+    // A number is a place in a list of embeddings, or of layers in a sequence.
+    let last = match parts[parts.len() - 1] {
+        number if number.bytes().all(|b| b.is_ascii_digit()) => before,
+        last => last,
+    };
     let lower = last.to_ascii_lowercase();
-    if parts.iter().any(|p| HEADS.contains(p)) || (last == "proj_out" && model_type == "whisper") {
+    if parts.iter().any(|p| HEADS.contains(p)) || last.ends_with("lm_head") || TIED_HEADS.contains(&(model_type, last))
+    {
         return Role::Whole(Why::Head);
     }
     let embeds = lower.contains("embed") || lower == "emb" || lower.ends_with("_emb") || lower.starts_with("emb_");
@@ -125,11 +143,14 @@ pub(super) fn role(name: &str, dtype: Stored, shape: &[usize], model_type: &str,
     if ROUTERS.contains(&last) || before == "router" {
         return Role::Whole(Why::Router);
     }
+    if UNREPLACED.contains(&model_type) {
+        return Role::Whole(Why::Kept);
+    }
     // torch's own attention takes the weight of its output layer without calling the layer.
     let of_attention = || last == "out_proj" && has(&format!("{}in_proj_weight", &module[..module.len() - last.len()]));
     let of_t5 = || last == "wo" && (model_type.contains("t5") || T5_LIKE.contains(&model_type));
     let of_qformer = || parts.contains(&"qformer") && model_type.contains("blip");
-    if of_attention() || of_t5() || of_qformer() {
+    if of_attention() || of_t5() || of_qformer() || last == "weights_proj" {
         return Role::Whole(Why::Kept);
     }
     if CONV1D.contains(&model_type) && (last.starts_with("c_") || last == "q_attn") {
@@ -138,6 +159,8 @@ pub(super) fn role(name: &str, dtype: Stored, shape: &[usize], model_type: &str,
     Role::Linear
 }
 
+/// Models whose linear layers are of a class of their own, which transformers does not replace.
+const UNREPLACED: [&str; 2] = ["falcon", "ibert"];
 const T5_LIKE: [&str; 4] = ["udop", "switch_transformers", "pop2piano", "musicgen"];
 
 #[cfg(test)]
@@ -168,6 +191,8 @@ mod tests {
             ("shared.weight", Why::Embedding),
             ("lm_head.weight", Why::Head),
             ("lm_head.dense.weight", Why::Head),
+            ("audio_lm_head.weight", Why::Head),
+            ("decoder.embed_tokens.3.weight", Why::Embedding),
             ("model.layers.0.mlp.gate.weight", Why::Router),
             ("model.layers.0.mlp.shared_expert_gate.weight", Why::Router),
             ("model.layers.0.moe.router.layer.weight", Why::Router),

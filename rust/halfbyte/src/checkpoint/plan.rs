@@ -4,7 +4,7 @@ use safetensors::Dtype as Stored;
 
 use super::config::{Config, NAME as CONFIG};
 use super::header::{brief, byte_len};
-use super::names::{Role, Why, role};
+use super::names::{Role, TIED_HEADS, Why, role};
 use super::source::{Source, Tensor};
 use super::{DequantizeOptions, QuantizeOptions, Scheme, weight};
 use crate::element::Dtype;
@@ -298,15 +298,13 @@ fn skipped_modules(items: &[Item], config: &Config) -> Option<Vec<String>> {
     let mut names = vec!["lm_head".to_owned()];
     let architectures = config.architectures();
     let mut default = !architectures.is_empty() && architectures.iter().all(|a| a.ends_with("ForCausalLM"));
-    if config.model_type() == "whisper" {
-        names.push("proj_out".into());
-    }
+    let model_type = config.model_type();
+    names.extend(TIED_HEADS.iter().filter(|(of, _)| *of == model_type).map(|(_, head)| (*head).to_owned()));
     for item in items {
         let (Action::Keep(why) | Action::Cast(why, _)) = item.action else { continue };
         let Some(module) = item.name.strip_suffix(".weight").filter(|_| item.shape.len() == 2) else { continue };
         let last = module.rsplit('.').next().unwrap_or(module);
         let sure = match why {
-            Why::Kept => continue,
             Why::Embedding => SURE_EMBEDDINGS.contains(&last),
             Why::Head => module == "lm_head" || module == "embed_out",
             _ => false,
@@ -324,6 +322,17 @@ fn skipped_modules(items: &[Item], config: &Config) -> Option<Vec<String>> {
 
 /// How the config names a module that stays whole.
 fn skip_name(module: &str, why: Why, quantized: &[&str]) -> String {
+    let name = short_name(module, why, quantized);
+    // transformers before 5.18 takes a name for a regular expression that need not end where the name does; and every version takes
+    // it for the end of one.
+    if quantized.iter().any(|q| q.starts_with(&name) || q.ends_with(&name)) {
+        return format!("{}$", name.replace('.', "\\."));
+    }
+    name
+}
+
+/// The name of a module, or of what it is a part of where that stays whole altogether.
+fn short_name(module: &str, why: Why, quantized: &[&str]) -> String {
     let parts: Vec<&str> = module.split('.').collect();
     if why == Why::Head {
         // With all that belongs to it: a part that shares its weight with an embedding is in no file.
@@ -337,10 +346,6 @@ fn skip_name(module: &str, why: Why, quantized: &[&str]) -> String {
         if !quantized.iter().any(|q| q.strip_prefix(&experts[..]).is_some_and(|rest| rest.starts_with('.'))) {
             return experts;
         }
-    }
-    // transformers before 5.18 takes a name for a regular expression that need not end where the name does.
-    if quantized.iter().any(|q| q.starts_with(module)) {
-        return format!("{}$", module.replace('.', "\\."));
     }
     module.to_owned()
 }
