@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -280,8 +279,7 @@ def test_experts_are_said_to_be_what_they_are(tmp_path, capsys):
     assert torch.equal(raw(found["model.layers.0.mlp.gate.weight"]), raw(tensors["model.layers.0.mlp.gate.weight"]))
 
 
-def command(*arguments):
-    code = "import sys; from halfbyte.cli import main; sys.exit(main(sys.argv[1:]))"
+def command(*arguments, code="import sys; from halfbyte.cli import main; sys.exit(main(sys.argv[1:]))"):
     environment = {**os.environ, "PYTHONPATH": str(Path(hb.__file__).parents[1]), "OMP_NUM_THREADS": "2"}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, stdout=subprocess.PIPE)
 
@@ -318,14 +316,19 @@ def test_killed_at_random_points_and_resumed_the_bytes_are_the_same(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own account of a process's memory")
 def test_memory_stays_below_three_of_the_largest_tensor(tmp_path):
-    largest = write_llama(tmp_path / "src", layers=4, width=3072)  # 75 MB the largest, 680 MB in all
+    largest = write_llama(tmp_path / "src", layers=1, width=5120)  # 210 MB the largest: torch alone may be 500
+    # Not what wait() says of a child: that counts the memory of this process, which it was forked from.
+    code = (
+        "import re, sys; from halfbyte.cli import main; assert main(sys.argv[1:]) == 0;"
+        "print('peak', re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
     for i, (name, source, options) in enumerate(
         [("quantize", "src", ["--double-quant"]), ("quantize", "src", ["--scale-search"]), ("dequantize", "0", [])]
     ):
-        process = command(name, tmp_path / source, tmp_path / str(i), *options)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        process.returncode = 0
-        assert usage.ru_maxrss * 1024 < 3 * largest + 300e6, (name, usage.ru_maxrss)
-    assert resource.getrusage(resource.RUSAGE_SELF)
+        process = command(name, tmp_path / source, tmp_path / str(i), *options, code=code)
+        output, _ = process.communicate()
+        assert process.returncode == 0
+        peak = int(output.split()[-1]) * 1024
+        assert peak < 3 * largest + 300e6, (name, options, peak)

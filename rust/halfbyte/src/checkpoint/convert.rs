@@ -337,16 +337,21 @@ impl Conversion {
 
     fn encode<T: Element>(&mut self, transposed: bool, offset: &dyn Fn(&[f32]) -> f32) -> Result<()> {
         let encoding = self.encoding.expect("items are quantized by conversions that quantize");
-        let item = &self.plan.items[self.at];
-        let tensor = &item.sources[0];
-        let parts = if tensor.dtype == stored(T::DTYPE) && !transposed {
+        let first = self.first_output();
+        let tensor = &self.plan.items[self.at].sources[0];
+        let as_stored = tensor.dtype == stored(T::DTYPE) && !transposed;
+        let turned = if as_stored {
             self.source.read(tensor, 0, self.buffer.bytes_mut(tensor.bytes as usize))?;
-            encode(self.buffer.elements::<T>(), &item.shape, &encoding, offset)?
+            Vec::new()
         } else {
-            let weights = self.weights::<T>()?;
-            encode(&weights, &self.plan.items[self.at].shape, &encoding, offset)?
+            self.weights::<T>()?
         };
-        self.put(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>())
+        let weights = if as_stored { self.buffer.elements::<T>() } else { &turned };
+        let (_, shard) = self.shard.as_mut().expect("an item is out");
+        let put = |i: usize, bytes: &[u8]| shard.append(first + i, bytes);
+        encode(weights, &self.plan.items[self.at].shape, &encoding, offset, put)?;
+        self.done();
+        Ok(())
     }
 
     fn decode<T: Element>(&mut self, transposed: bool, int8: bool) -> Result<()> {

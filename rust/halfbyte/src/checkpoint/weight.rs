@@ -91,13 +91,14 @@ pub(super) fn int8_outline(shape: &[usize]) -> Vec<(String, Stored, Vec<usize>, 
     ]
 }
 
-/// Quantizes a weight: the bytes of each tensor, in the order of the outline.
+/// Quantizes a weight. `put` gets the bytes of each tensor with its number in the outline.
 pub(super) fn encode<T: Element>(
     weights: &[T],
     shape: &[usize],
     options: &Encoding,
     offset: &dyn Fn(&[f32]) -> f32,
-) -> Result<Vec<Vec<u8>>> {
+    mut put: impl FnMut(usize, &[u8]) -> Result<()>,
+) -> Result<()> {
     match options.scheme {
         Scheme::FourBit(spec) => {
             let quantized = four_bit::quantize_with(weights, spec, options.scale_search, offset)?;
@@ -111,13 +112,16 @@ pub(super) fn encode<T: Element>(
                 storage: options.storage,
             };
             // The name is not used: entries come in their order.
-            Ok(state.to_tensors("")?.into_iter().map(|(_, tensor)| View::data(&tensor).into_owned()).collect())
+            let tensors = state.to_tensors("")?;
+            tensors.iter().enumerate().try_for_each(|(i, (_, tensor))| put(i, &tensor.data()))
         }
         Scheme::Int8 => {
             let (rows, columns) = (shape[0], shape[1]);
             let (mut codes, mut scales) = (vec![0; weights.len()], vec![0.0; rows]);
             int8::quantize(weights, columns, &mut codes, &mut scales);
-            Ok(vec![codes, bytes_of(&scales).to_vec(), vec![0]])
+            put(0, &codes)?;
+            put(1, bytes_of(&scales))?;
+            put(2, &[0])
         }
     }
 }
