@@ -155,8 +155,8 @@ def _report(job: _native.Conversion, arguments: argparse.Namespace, done: tuple[
     names = [name for name, action, _, _, _ in job.items() if action == "quantize" and ".experts." in name]
     if any(name.endswith(".weight") for name in names):
         print(
-            f"note: {len(names)} of the weights are experts; vLLM reads them, transformers 5 with bitsandbytes does not "
-            "(--skip experts leaves them whole)"
+            f"note: {len(names)} of the weights are experts; vLLM reads them, transformers 5 with bitsandbytes does "
+            "not (--skip experts leaves them whole)"
         )
 
 

@@ -7,15 +7,16 @@ import re
 
 QUANTIZE = """Quantize a safetensors checkpoint without its model's class: one weight is in memory at a time.
 
-SRC is a folder with config.json and model.safetensors or shards with their index, or one .safetensors file. DST gets what
-transformers writes with bitsandbytes, with tokenizer and other small files copied, and loads in transformers with
+SRC is a folder with config.json and model.safetensors or shards with their index, or one .safetensors file. DST gets
+what transformers writes with bitsandbytes, with tokenizer and other small files copied, and loads in transformers with
 bitsandbytes or halfbyte and in vLLM. Weights of linear layers are quantized; embeddings, norms, routers and the output
 layer stay as they are. An interrupted conversion goes on with --resume, and ends with the same bytes."""
 
-DEQUANTIZE = """Decode a checkpoint that bitsandbytes or halfbyte quantized (NF4, FP4, int8) back to floats, one weight at a time."""
+DEQUANTIZE = """Decode a checkpoint that bitsandbytes or halfbyte quantized (NF4, FP4, int8) back to floats, one weight
+at a time."""
 
-INSPECT = """List what a safetensors checkpoint holds, weight by weight: scheme, shape, block size, bits a weight with all
-statistics, bytes."""
+INSPECT = """List what a safetensors checkpoint holds, weight by weight: scheme, shape, block size, bits a weight with
+all statistics, bytes."""
 
 SCHEMES = ("nf4", "fp4", "int8")
 STORAGES = {"uint8": "uint8", "int8": "int8", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -43,8 +44,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         action="append",
         default=[],
-        help="leave these modules whole too: a name or a part of one between dots (mlp.gate), or a regular expression for a "
-        "whole name; may be given more than once",
+        help="leave these modules whole too: a name or a part of one between dots (mlp.gate), or a regular expression "
+        "for a whole name; may be given more than once",
     )
     parser.add_argument("--scale-search", action="store_true", help="choose scales by least squared error; slower")
     parser.add_argument(
