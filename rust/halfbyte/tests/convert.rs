@@ -18,7 +18,11 @@ const STORAGES: [Dtype; 5] = [Dtype::U8, Dtype::I8, Dtype::F16, Dtype::BF16, Dty
 
 fn cases(count: u32, test: impl Fn(&mut Random)) {
     let mut runner = TestRunner::new(Config { cases: count, failure_persistence: None, ..Config::default() });
-    runner.run(&proptest::num::u64::ANY, |seed| Ok(test(&mut Random(seed)))).unwrap();
+    let run = |seed| {
+        test(&mut Random(seed));
+        Ok(())
+    };
+    runner.run(&proptest::num::u64::ANY, run).unwrap();
 }
 
 fn elements<T: Element>(tensor: &Stored, from: impl Fn(&[u8]) -> T) -> Vec<T> {
@@ -186,7 +190,7 @@ fn interrupted_anywhere_and_resumed_the_bytes_are_the_same() {
         loop {
             let mut conversion = plan("parts", &options).unwrap();
             let mut steps = random.below(9);
-            while let Some(_) = conversion.next().unwrap() {
+            while conversion.next().unwrap().is_some() {
                 if steps == 0 {
                     break;
                 }

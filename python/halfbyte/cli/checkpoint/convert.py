@@ -116,7 +116,7 @@ def _numbers(job: _native.Conversion) -> Iterator[int]:
 
 
 def _mean(scales: bytes) -> float:
-    """Return the mean as a model that is quantized in Python has it: torch's order of summing shows in the last bits."""
+    """Return the mean as quantizing in Python has it: torch's order of summing shows in the last bits."""
     return torch.frombuffer(bytearray(scales), dtype=torch.float32).mean().item()
 
 

@@ -1,5 +1,7 @@
 //! `config.json`: what a conversion reads in it and what it changes. Everything else stays as it was, to the byte.
 
+use std::fmt::{Display, Write as _};
+
 use serde_json::value::RawValue;
 
 use super::header::{Pairs, brief};
@@ -91,7 +93,9 @@ pub(super) fn quantization(options: &QuantizeOptions<'_>, compute: Dtype, skippe
     };
     let storage = four.and_then(|_| super::storage_name(options.storage)).unwrap_or("uint8");
     let mut text = String::from("{\n");
-    let mut add = |key: &str, value: &dyn std::fmt::Display| text += &format!("    \"{key}\": {value},\n");
+    let mut add = |key: &str, value: &dyn Display| {
+        writeln!(text, "    \"{key}\": {value},").expect("a String takes all");
+    };
     add("_load_in_4bit", &four.is_some());
     add("_load_in_8bit", &four.is_none());
     add("bnb_4bit_compute_dtype", &format!("\"{}\"", compute.name()));

@@ -442,12 +442,9 @@ fn open(source: &Path, destination: &Path) -> Result<Source> {
     let opened = Source::open(source)?;
     let folder = if source.is_dir() { Some(source) } else { source.parent() };
     let real = |path: &Path| path.canonicalize().ok();
-    if let (Some(from), Some(to)) =
-        (folder.and_then(|f| real(if f.as_os_str().is_empty() { Path::new(".") } else { f })), real(destination))
-    {
-        if from == to {
-            return Err(Error::file("write to", path_text(destination), "it is where the checkpoint is read from"));
-        }
+    let from = folder.and_then(|f| real(if f.as_os_str().is_empty() { Path::new(".") } else { f }));
+    if from.is_some() && from == real(destination) {
+        return Err(Error::file("write to", path_text(destination), "it is where the checkpoint is read from"));
     }
     Ok(opened)
 }

@@ -101,7 +101,7 @@ impl Destination {
 
     /// A file of these tensors, to be filled.
     pub(super) fn shard(&self, outputs: &[&Output]) -> Result<Shard> {
-        Shard::new(self.partial()?, outputs)
+        Ok(Shard::new(self.partial()?, outputs))
     }
 
     fn partial(&self) -> Result<Partial> {
@@ -222,7 +222,7 @@ fn order(outputs: &[&Output]) -> Vec<usize> {
         (output.text, usize::MAX - if output.text { 0 } else { output.dtype.bitsize() })
     });
     // An empty tensor has the offset of its neighbour: it has to come before it for the order to be that of the offsets.
-    order.sort_by_key(|&i| !(outputs[i].bytes() == 0 && !outputs[i].text));
+    order.sort_by_key(|&i| outputs[i].bytes() != 0 || outputs[i].text);
     order
 }
 
@@ -239,7 +239,7 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    fn new(partial: Partial, outputs: &[&Output]) -> Result<Self> {
+    fn new(partial: Partial, outputs: &[&Output]) -> Self {
         let order = order(outputs);
         let mut entries: Vec<Entry> = outputs
             .iter()
@@ -248,7 +248,7 @@ impl Shard {
         place(&mut entries, &order);
         let header = header::to_text(order.iter().map(|&i| &entries[i]), None).len().next_multiple_of(8);
         let texts = outputs.iter().map(|o| o.text.then(Vec::new)).collect();
-        Ok(Self { partial, written: vec![0; entries.len()], entries, order, texts, header })
+        Self { partial, written: vec![0; entries.len()], entries, order, texts, header }
     }
 
     fn data(&self) -> u64 {

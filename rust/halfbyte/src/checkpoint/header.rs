@@ -4,7 +4,7 @@
 //! which the tensors tile without a gap. What a header says is compared with the length of the file before anything is
 //! allocated by it.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::{Read, Seek, SeekFrom};
 use std::marker::PhantomData;
 
@@ -172,7 +172,8 @@ pub(super) fn to_text<'a>(entries: impl Iterator<Item = &'a Entry>, length: Opti
     for Entry { name, dtype, shape, start, end } in entries {
         let name = serde_json::Value::from(name.as_str());
         let shape = shape.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-        text += &format!(r#",{name}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}"#);
+        write!(text, r#",{name}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}"#)
+            .expect("a String takes all");
     }
     text.push('}');
     if let Some(length) = length {

@@ -102,7 +102,7 @@ impl Plan {
         let model_type = config.as_ref().map(Config::model_type).unwrap_or_default();
         let mut items = Vec::new();
         for tensor in source.tensors() {
-            if tensor.name.contains(crate::state::JSON_KEY) || tensor.name.ends_with(".SCB") {
+            if tensor.name.contains(crate::state::JSON_KEY) || tensor.name.rsplit('.').next() == Some("SCB") {
                 let expected = "a checkpoint that is not quantized";
                 return Err(Error::checkpoint(brief(&tensor.name), expected, "the statistics of a quantized weight"));
             }

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use safetensors::{Dtype, SafeTensors, View};
 
 /// `splitmix64`: proptest gives the seed of a case, and prints it when the case fails.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -20,25 +20,25 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.next() % n.max(1) as u64) as usize
     }
 
-    pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
+    pub(crate) fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
         &items[self.below(items.len())]
     }
 
     /// Sums of uniform numbers: enough like weights.
-    pub fn weight(&mut self) -> f32 {
+    pub(crate) fn weight(&mut self) -> f32 {
         (0..4).map(|_| self.below(2001) as f32 / 1000.0 - 1.0).sum::<f32>() * 0.1
     }
 }
 
 /// A folder that is gone when the test is.
-pub struct Folder(pub PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("halfbyte-convert-{}-{number}", std::process::id()));
@@ -46,7 +46,7 @@ impl Folder {
         Self(path)
     }
 
-    pub fn join(&self, name: &str) -> PathBuf {
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 }
@@ -58,10 +58,10 @@ impl Drop for Folder {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-pub struct Stored {
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    pub data: Vec<u8>,
+pub(crate) struct Stored {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) data: Vec<u8>,
 }
 
 impl View for &Stored {
@@ -79,10 +79,10 @@ impl View for &Stored {
     }
 }
 
-pub type Tensors = BTreeMap<String, Stored>;
+pub(crate) type Tensors = BTreeMap<String, Stored>;
 
 /// A tensor of random floats.
-pub fn floats(random: &mut Random, dtype: Dtype, shape: &[usize]) -> Stored {
+pub(crate) fn floats(random: &mut Random, dtype: Dtype, shape: &[usize]) -> Stored {
     let count = shape.iter().product();
     let mut data = Vec::new();
     for _ in 0..count {
@@ -98,9 +98,9 @@ pub fn floats(random: &mut Random, dtype: Dtype, shape: &[usize]) -> Stored {
 }
 
 /// A small Llama, whose weights have ragged sizes and any of the dtypes.
-pub fn llama(random: &mut Random) -> Tensors {
+pub(crate) fn llama(random: &mut Random) -> Tensors {
     let mut tensors = Tensors::new();
-    for layer in 0..1 + random.below(3) {
+    for layer in 0..=random.below(3) {
         for name in ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"] {
             let dtype = *random.pick(&[Dtype::BF16, Dtype::BF16, Dtype::F16, Dtype::F32]);
             let shape = [1 + random.below(90), 1 + random.below(90)];
@@ -118,10 +118,10 @@ pub fn llama(random: &mut Random) -> Tensors {
     tensors
 }
 
-pub const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eps": 1e-06}"#;
+pub(crate) const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eps": 1e-06}"#;
 
 /// Writes tensors as a checkpoint of `shards` files.
-pub fn write(folder: &Path, tensors: &Tensors, shards: usize) {
+pub(crate) fn write(folder: &Path, tensors: &Tensors, shards: usize) {
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("config.json"), CONFIG).unwrap();
     fs::write(folder.join("tokenizer.json"), "{}").unwrap();
@@ -140,7 +140,7 @@ pub fn write(folder: &Path, tensors: &Tensors, shards: usize) {
 }
 
 /// All tensors of a checkpoint, each at an offset that is a multiple of its element's size.
-pub fn read(folder: &Path) -> Tensors {
+pub(crate) fn read(folder: &Path) -> Tensors {
     let mut tensors = Tensors::new();
     for (name, bytes) in files(folder) {
         if !name.ends_with(".safetensors") {
@@ -158,7 +158,7 @@ pub fn read(folder: &Path) -> Tensors {
 }
 
 /// Names and bytes of the files below a folder.
-pub fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(next) = folders.pop() {
