@@ -1,5 +1,7 @@
 //! Checkpoints: `Conversion`, item by item, and `inspect_checkpoint`.
 
+#![expect(clippy::needless_pass_by_value, reason = "what Python passes is ours to keep")]
+
 use std::cell::RefCell;
 use std::path::PathBuf;
 
