@@ -32,7 +32,7 @@ KINDS = ("nf4", "fp4")
 pytestmark = pytest.mark.slow
 
 
-def ask_oracle(*arguments: str) -> subprocess.CompletedProcess[str]:
+def oracle_environment() -> dict[str, str]:
     environment = {**os.environ, "HALFBYTE_NO_DROPIN": "1"}
     folder = environment.get("HALFBYTE_BITSANDBYTES_PATH")
     # Only that folder goes in front; halfbyte has no business there.
@@ -41,8 +41,12 @@ def ask_oracle(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment["PYTHONPATH"] = folder
     # Its torch.compile'd fallbacks give the same values; compiling them for each shape takes minutes.
     environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment
+
+
+def ask_oracle(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ORACLE), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=550)
+    return subprocess.run(command, env=oracle_environment(), capture_output=True, text=True, check=False, timeout=550)
 
 
 @pytest.fixture(scope="module")

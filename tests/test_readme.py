@@ -45,15 +45,28 @@ def test_the_rust_snippet_is_the_example():
 
 def test_the_quick_start_is_two_commands_on_files_that_are_there():
     commands = [line for block in snippets("sh") for line in block.splitlines()]
-    assert commands == [
+    assert commands[:2] == [
         "pip install '.[demo]' && halfbyte demo tests/models/pycode-llama-7m",
         "pip install '.[test]' && pytest",
     ]
     assert (ROOT / "tests/models/pycode-llama-7m/heldout.json").is_file()
 
 
+def test_commands_on_checkpoints_run(tmp_path):
+    commands = [line for block in snippets("sh") for line in block.splitlines()][2:]
+    assert [command.split()[1] for command in commands] == ["quantize", "inspect", "dequantize"]
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    env = {**os.environ, "PYTHONPATH": str(Path(halfbyte.__file__).parents[1])}
+    for command in commands:
+        arguments = [sys.executable, "-m", "halfbyte", *command.split()[1:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() and not done.stderr
+    assert (tmp_path / "float/config.json").is_file()
+
+
 def test_what_the_readme_names_exists():
-    for name in set(re.findall(r"`((?:[A-Z]\w*)Error)`", README)) - {"ValueError", "RuntimeError"}:
+    for name in set(re.findall(r"`((?:[A-Z]\w*)Error)`", README)) - {"ValueError", "RuntimeError", "OSError"}:
         assert issubclass(getattr(halfbyte.errors, name), halfbyte.errors.HalfbyteError), name
     for name in re.findall(r"`(halfbyte\.[\w.]+)`", README):
         found = halfbyte

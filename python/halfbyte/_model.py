@@ -107,7 +107,7 @@ def quantize_model(
         ops.check_quant_type(quant_type)
         ops.check_blocksize(blocksize)
         ops.check_dtype("quant_storage", quant_storage, STORAGE_DTYPES)
-    candidates = _candidates(model, _pattern(skip))
+    candidates = _candidates(model, skip_pattern(skip))
     layers = {name: layer for name, layer in candidates if type(layer) is nn.Linear or not eight_bit}
     for name, layer in layers.items():
         for weight in _weights(layer):
@@ -224,7 +224,7 @@ def _candidates(model: nn.Module, skipped: re.Pattern[str] | None) -> Iterator[t
             yield all_names[0], module
 
 
-def _pattern(skip: Sequence[str]) -> re.Pattern[str] | None:
+def skip_pattern(skip: Sequence[str]) -> re.Pattern[str] | None:
     """Compile the patterns into one that matches the full names of skipped layers."""
     if isinstance(skip, str):
         skip = (skip,)

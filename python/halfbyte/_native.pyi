@@ -4,8 +4,46 @@ CPU or CUDA is chosen by where the tensors live; CUDA work goes to torch's curre
 checked before anything is written; errors are those of :mod:`halfbyte.errors`.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+class Conversion:
+    """A conversion of a checkpoint. Constructors plan it; nothing is written before the first :meth:`next`."""
+
+    @staticmethod
+    def quantize(
+        source: Path,
+        destination: Path,
+        scheme: str,
+        *,
+        double_quant: bool,
+        blocksize: int,
+        scale_search: bool,
+        storage: str,
+        dtype: str | None,
+        compute_dtype: str | None,
+        skip: Callable[[str], bool],
+        stacked_experts: bool,
+        shard_size: int,
+        existing: str,
+        device: str,
+    ) -> Conversion: ...
+    @staticmethod
+    def dequantize(
+        source: Path, destination: Path, *, dtype: str | None, shard_size: int, existing: str
+    ) -> Conversion: ...
+    def items(self) -> list[tuple[str, str, str, list[int], int]]:
+        """Return name, action, reason or dtype, shape and bytes of each item."""
+    def next(self) -> int | None:
+        """Return the number of the item to convert now; None after the last."""
+    def convert(self, mean: Callable[[bytes], float]) -> None: ...
+    def read(self, out: Any) -> None: ...
+    def write(self, parts: list[tuple[str, str, bytes]]) -> None: ...
+    def finish(self) -> tuple[int, int, int]:
+        """Write what is no tensor; return files, bytes read and bytes written."""
+
+def inspect_checkpoint(path: Path) -> list[dict[str, Any]]: ...
 def quantize_4bit(
     a: Any, packed: Any, absmax: Any, quant_type: str, blocksize: int, scale_search: bool = False
 ) -> None: ...

@@ -35,6 +35,10 @@ class CheckpointError(HalfbyteError, ValueError):
     """A checkpoint that is truncated, contradicts itself, or is of another format."""
 
 
+class FileError(HalfbyteError, OSError):
+    """A file or folder that cannot be read or written, or that something stands in the way of."""
+
+
 class CudaUnavailableError(HalfbyteError, RuntimeError):
     """CUDA was asked for where there is no driver, no GPU, or no CUDA support in this build."""
 

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.bench import options
+from halfbyte.cli.checkpoint import options as checkpoint
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -96,6 +97,27 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", metavar="FILE", help="write the figures there too; - for standard output, no table")
     demo.set_defaults(run=_run_demo)
 
+    for name, about, description, add, run in (
+        (
+            "quantize",
+            "quantize a checkpoint, weight by weight",
+            checkpoint.QUANTIZE,
+            checkpoint.add_quantize,
+            _quantize,
+        ),
+        ("dequantize", "decode a quantized checkpoint", checkpoint.DEQUANTIZE, checkpoint.add_dequantize, _dequantize),
+        ("inspect", "list what a checkpoint holds", checkpoint.INSPECT, checkpoint.add_inspect, _run_inspect),
+    ):
+        command = commands.add_parser(
+            name,
+            parents=[common],
+            help=about,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add(command)
+        command.set_defaults(run=run)
+
     doctor = commands.add_parser(
         "doctor",
         parents=[common],
@@ -130,6 +152,24 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     from halfbyte.cli import demo
 
     return demo.run(arguments)
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from halfbyte.cli.checkpoint import convert
+
+    return convert.quantize(arguments)
+
+
+def _dequantize(arguments: argparse.Namespace) -> int:
+    from halfbyte.cli.checkpoint import convert
+
+    return convert.dequantize(arguments)
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    from halfbyte.cli.checkpoint import inspect
+
+    return inspect.run(arguments)
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:

@@ -47,6 +47,28 @@ pub trait Element: Copy + Send + Sync + Default + sealed::Sealed + 'static {
     fn from_f32(value: f32) -> Self;
 }
 
+/// Runs `$body` with `$T` bound to the Rust type of a [`Dtype`].
+#[doc(hidden)]
+#[macro_export]
+macro_rules! with_type {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::Dtype::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::Dtype::F16 => {
+                type $T = $crate::f16;
+                $body
+            }
+            $crate::Dtype::Bf16 => {
+                type $T = $crate::bf16;
+                $body
+            }
+        }
+    };
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}

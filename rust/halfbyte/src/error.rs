@@ -55,6 +55,16 @@ pub enum Error {
         /// What the file has.
         got: String,
     },
+    /// A file or folder that cannot be read, written or begun.
+    #[error("cannot {action} `{path}`: {message}")]
+    File {
+        /// What was tried: `read`, `write`, and so on.
+        action: &'static str,
+        /// Which file or folder.
+        path: String,
+        /// What the system says, or what stands in the way.
+        message: String,
+    },
     /// CUDA was asked for where there is no driver, no GPU, or no CUDA support in this build.
     #[error("CUDA is not available: {reason}")]
     CudaUnavailable {
@@ -88,6 +98,10 @@ impl Error {
 
     pub(crate) fn shape(argument: &'static str, expected: impl ToString, got: impl ToString) -> Self {
         Self::Shape { argument, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    pub(crate) fn file(action: &'static str, path: impl ToString, message: impl ToString) -> Self {
+        Self::File { action, path: path.to_string(), message: message.to_string() }
     }
 
     pub(crate) fn checkpoint(key: impl ToString, expected: impl ToString, got: impl ToString) -> Self {

@@ -3,6 +3,7 @@
 //! NF4 and FP4 with double quantization, blockwise 8-bit, on the CPU (AVX2 and AVX-512 chosen at run time) and on CUDA
 //! (feature `cuda`; the driver is found at run time). Bytes are those of bitsandbytes. No Python and no torch here.
 
+pub mod checkpoint;
 pub mod codebook;
 pub mod device;
 pub mod eight_bit;

@@ -3,7 +3,7 @@
 use halfbyte::codebook::Map;
 use halfbyte::eight_bit::{self, Rounding};
 use halfbyte::layout::block_count;
-use halfbyte::{Dtype, Error, bf16, f16};
+use halfbyte::{Dtype, Error};
 use pyo3::prelude::*;
 
 use crate::dlpack::{Place, TensorRef};

@@ -14,6 +14,7 @@ fn class_name(error: &Error) -> &'static str {
         Error::Shape { .. } => "ShapeError",
         Error::Device { .. } => "DeviceError",
         Error::Checkpoint { .. } => "CheckpointError",
+        Error::File { .. } => "FileError",
         Error::CudaUnavailable { .. } => "CudaUnavailableError",
         Error::UnsupportedGpu { .. } => "UnsupportedGpuError",
         Error::Cuda { .. } => "CudaError",

@@ -3,7 +3,7 @@
 use halfbyte::codebook::Map;
 use halfbyte::four_bit;
 use halfbyte::layout::{Absmax, Nested, block_count, check_four_bit_block, packed_len};
-use halfbyte::{Dtype, Error, Kind, bf16, f16};
+use halfbyte::{Dtype, Error, Kind};
 use pyo3::prelude::*;
 
 use crate::dlpack::{Place, TensorRef};
@@ -24,26 +24,7 @@ pub(crate) fn code_values(quant_type: &str) -> PyResult<[f32; 16]> {
     parse_kind(quant_type).map(|kind| *kind.values()).map_err(raise)
 }
 
-/// Runs `$body` with `$T` bound to the Rust type of a [`Dtype`].
-macro_rules! with_type {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            Dtype::F32 => {
-                type $T = f32;
-                $body
-            }
-            Dtype::F16 => {
-                type $T = f16;
-                $body
-            }
-            Dtype::Bf16 => {
-                type $T = bf16;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_type;
+pub(crate) use halfbyte::with_type;
 
 /// The scales of a quantized tensor, plain or nested: then with absmax, map, offset and block size of the codes.
 pub(crate) struct Scales {

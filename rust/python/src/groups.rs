@@ -2,7 +2,7 @@
 
 use halfbyte::four_bit;
 use halfbyte::layout::{block_count, check_four_bit_block};
-use halfbyte::{Dtype, Error, bf16, f16};
+use halfbyte::{Dtype, Error};
 use pyo3::prelude::*;
 
 use crate::dlpack::{Place, TensorRef};

@@ -1,5 +1,6 @@
 //! `halfbyte._native`: tensors in through `DLPack`, one call into the core, errors out as `halfbyte.errors`.
 
+mod checkpoint;
 mod dlpack;
 mod eager;
 mod eager_int8;
@@ -19,6 +20,8 @@ use pyo3::prelude::*;
 
 #[pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use super::checkpoint::{Conversion, inspect_checkpoint};
     #[pymodule_export]
     use super::eager::{eager_linear_4bit, eager_matmul_4bit};
     #[pymodule_export]

@@ -4,7 +4,6 @@
 use halfbyte::four_bit;
 use halfbyte::four_bit::search;
 use halfbyte::layout::{block_count, check_four_bit_block};
-use halfbyte::{Dtype, bf16, f16};
 use pyo3::prelude::*;
 
 use crate::dlpack::{Place, TensorRef};

@@ -100,18 +100,37 @@ fn nested_map() -> &'static Map {
 /// # Ok::<(), halfbyte::Error>(())
 /// ```
 pub fn quantize<T: Element>(a: &[T], spec: Spec) -> Result<Quantized> {
+    quantize_with(a, spec, false, &mean)
+}
+
+/// [`quantize`], or [`quantize_search`] where `search` says so, with an `offset` of the scales for double quantization other than
+/// [`mean`]: the mean that another library sums in another order has other last bits.
+pub fn quantize_with<T: Element>(
+    a: &[T],
+    spec: Spec,
+    search: bool,
+    offset: &dyn Fn(&[f32]) -> f32,
+) -> Result<Quantized> {
     check_four_bit_block(spec.block)?;
     let mut packed = vec![0; packed_len(a.len())];
     let mut plain = vec![0.0; block_count(a.len(), spec.block)];
+    let quantize_into = if search { quantize_search_into } else { quantize_into };
     quantize_into(a, spec.kind, spec.block, &mut packed, &mut plain)?;
-    let absmax = if spec.double_quant { nest(&plain)? } else { OwnedAbsmax::Plain(plain) };
+    let absmax = if spec.double_quant { nest(&plain, offset(&plain))? } else { OwnedAbsmax::Plain(plain) };
+    if search && spec.double_quant {
+        search::encode_into(a, absmax.view(), spec.kind, spec.block, &mut packed)?;
+    }
     Ok(Quantized { spec, len: a.len(), packed, absmax })
 }
 
+/// The mean of scales, summed in fp64: what is subtracted from them in double quantization.
+pub fn mean(scales: &[f32]) -> f32 {
+    let sum: f64 = scales.iter().map(|&v| f64::from(v)).sum();
+    (sum / scales.len().max(1) as f64) as f32
+}
+
 /// Quantizes scales, rounded as bitsandbytes does on the CPU so that its bytes come out.
-fn nest(plain: &[f32]) -> Result<OwnedAbsmax> {
-    let sum: f64 = plain.iter().map(|&v| f64::from(v)).sum();
-    let offset = (sum / plain.len().max(1) as f64) as f32;
+fn nest(plain: &[f32], offset: f32) -> Result<OwnedAbsmax> {
     let mut codes = vec![0; plain.len()];
     let mut absmax = vec![0.0; block_count(plain.len(), NESTED_BLOCK)];
     eight_bit::quantize_into(plain, nested_map(), NESTED_BLOCK, offset, Rounding::Grid, &mut codes, &mut absmax)?;

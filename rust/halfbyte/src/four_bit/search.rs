@@ -17,16 +17,15 @@
 
 use std::sync::OnceLock;
 
-use super::OwnedAbsmax;
 use super::reference::{self, absmax_of};
 #[cfg(target_arch = "x86_64")]
 use super::search_avx2;
-use super::{Quantized, Spec, check_dequantize, check_quantize, nest};
+use super::{Quantized, Spec, check_dequantize, check_quantize};
 use crate::codebook::Kind;
 use crate::device::cpu::{self, Level, for_each_task, share};
 use crate::element::Element;
 use crate::error::Result;
-use crate::layout::{Absmax, block_count, check_four_bit_block, packed_len};
+use crate::layout::{Absmax, packed_len};
 
 /// Ratios that are tried, with each sign.
 pub const RATIOS: usize = 16;
@@ -187,15 +186,7 @@ pub fn encode_reference<T: Element>(a: &[T], scales: &[f32], kind: Kind, block: 
 /// # Ok::<(), halfbyte::Error>(())
 /// ```
 pub fn quantize_search<T: Element>(a: &[T], spec: Spec) -> Result<Quantized> {
-    check_four_bit_block(spec.block)?;
-    let mut packed = vec![0; packed_len(a.len())];
-    let mut plain = vec![0.0; block_count(a.len(), spec.block)];
-    quantize_search_into(a, spec.kind, spec.block, &mut packed, &mut plain)?;
-    let absmax = if spec.double_quant { nest(&plain)? } else { OwnedAbsmax::Plain(plain) };
-    if spec.double_quant {
-        encode_into(a, absmax.view(), spec.kind, spec.block, &mut packed)?;
-    }
-    Ok(Quantized { spec, len: a.len(), packed, absmax })
+    super::quantize_with(a, spec, true, &super::mean)
 }
 
 /// [`super::quantize_into`] with scales by least squared error, which may be negative.

@@ -13,18 +13,18 @@ use crate::layout;
 
 /// What the JSON object says.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Header {
-    pub(super) kind: Kind,
-    pub(super) block: usize,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
-    pub(super) nested: Option<NestedHeader>,
+pub(crate) struct Header {
+    pub(crate) kind: Kind,
+    pub(crate) block: usize,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) nested: Option<NestedHeader>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct NestedHeader {
-    pub(super) block: usize,
-    pub(super) offset: f32,
+pub(crate) struct NestedHeader {
+    pub(crate) block: usize,
+    pub(crate) offset: f32,
 }
 
 const KEYS: [&str; 7] =
@@ -54,7 +54,7 @@ impl Header {
     }
 
     /// Reads the text of the tensor `key`.
-    pub(super) fn parse(bytes: &[u8], key: &str) -> Result<Self> {
+    pub(crate) fn parse(bytes: &[u8], key: &str) -> Result<Self> {
         let text = std::str::from_utf8(bytes)
             .map_err(|e| Error::checkpoint(key, "UTF-8 text", format!("a bad byte at {}", e.valid_up_to())))?;
         Reader { rest: text, key }.header()

@@ -29,7 +29,10 @@ mod json;
 mod read;
 mod write;
 
+pub(crate) use json::Header;
 pub use read::quantized_weights;
+pub(crate) use read::{JSON_KEY, SIDECARS};
+pub(crate) use write::Outline;
 pub use write::StateTensor;
 
 use crate::codebook::{Kind, Map, dynamic_map};

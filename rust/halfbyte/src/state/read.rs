@@ -1,6 +1,8 @@
 //! From a checkpoint. A file is untrusted: nothing is read or allocated by a size that it claims before that size has been
 //! compared with the bytes that are there.
 
+use std::collections::BTreeMap;
+
 use half::{bf16, f16};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype as Stored, SafeTensors};
@@ -12,9 +14,10 @@ use crate::error::{Error, Result};
 use crate::layout::{block_count, packed_len};
 
 /// Stands between the name of the weight and that of its kind.
-pub(super) const JSON_KEY: &str = "quant_state.bitsandbytes__";
+pub(crate) const JSON_KEY: &str = "quant_state.bitsandbytes__";
 
-const SIDECARS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];
+/// What stands beside a weight, below its name.
+pub(crate) const SIDECARS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];
 
 /// Names of the 4-bit weights of a file, in alphabetical order: what [`QuantState::from_safetensors`] takes as `prefix`.
 pub fn quantized_weights(file: &SafeTensors<'_>) -> Vec<String> {
@@ -38,7 +41,17 @@ impl QuantState {
     /// # Errors
     /// [`Error::Checkpoint`] naming the tensor (and the JSON key) at fault.
     pub fn from_safetensors(file: &SafeTensors<'_>, prefix: &str) -> Result<Self> {
-        let source = Source { file, prefix };
+        let part = |name: &str| name.strip_prefix(prefix).and_then(part_of).map(str::to_owned);
+        Self::from_parts(prefix, file.iter().filter_map(|(name, view)| Some((part(name)?, view))))
+    }
+
+    /// As [`QuantState::from_safetensors`], from the tensors themselves: each with what its name has after that of the weight
+    /// and a dot, that of the packed bytes with nothing.
+    pub(crate) fn from_parts<'a>(
+        prefix: &str,
+        parts: impl IntoIterator<Item = (String, TensorView<'a>)>,
+    ) -> Result<Self> {
+        let source = Source { parts: parts.into_iter().collect(), prefix };
         let (header, header_key) = source.header()?;
         let n = numel(&header.shape).expect("the header was checked");
         let blocks = block_count(n, header.block);
@@ -62,44 +75,48 @@ impl QuantState {
     }
 }
 
-/// The tensors of one weight.
-struct Source<'a> {
-    file: &'a SafeTensors<'a>,
-    prefix: &'a str,
+/// What a name has after that of its weight: nothing, or what comes after a dot.
+fn part_of(rest: &str) -> Option<&str> {
+    if rest.is_empty() { Some(rest) } else { rest.strip_prefix('.') }
 }
 
-impl<'a> Source<'a> {
+/// The tensors of one weight.
+struct Source<'a, 'p> {
+    parts: BTreeMap<String, TensorView<'a>>,
+    prefix: &'p str,
+}
+
+impl<'a> Source<'a, '_> {
     fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.prefix)
     }
 
-    fn get(&self, name: &str) -> Option<TensorView<'a>> {
-        self.file.tensor(&self.key(name)).ok()
+    fn get(&self, name: &str) -> Option<&TensorView<'a>> {
+        self.parts.get(name)
     }
 
     /// A tensor of rank 1 with `len` elements of one of `dtypes`.
-    fn vector(&self, name: &str, dtypes: &[Stored], len: usize) -> Result<TensorView<'a>> {
+    fn vector(&self, name: &str, dtypes: &[Stored], len: usize) -> Result<&TensorView<'a>> {
         let expected = || {
             let dtypes: Vec<String> = dtypes.iter().map(|d| format!("{d:?}")).collect();
             format!("{} [{len}]", dtypes.join(" or "))
         };
         let tensor = self.get(name).ok_or_else(|| Error::checkpoint(self.key(name), expected(), "no such tensor"))?;
         if !dtypes.contains(&tensor.dtype()) || tensor.shape() != [len] {
-            return Err(Error::checkpoint(self.key(name), expected(), describe(&tensor)));
+            return Err(Error::checkpoint(self.key(name), expected(), describe(tensor)));
         }
         Ok(tensor)
     }
 
     fn fp32(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        Ok(floats(&self.vector(name, &[Stored::F32], len)?))
+        Ok(floats(self.vector(name, &[Stored::F32], len)?))
     }
 
     /// Finds the JSON object, which carries its kind in its key, and sees to it that nothing unknown stands beside the weight.
     fn header(&self) -> Result<(Header, String)> {
         let mut found: Option<(&str, Kind)> = None;
-        for name in self.file.names() {
-            let Some(name) = name.strip_prefix(self.prefix).and_then(|rest| rest.strip_prefix('.')) else { continue };
-            if SIDECARS.contains(&name) {
+        for name in self.parts.keys().map(String::as_str) {
+            if name.is_empty() || SIDECARS.contains(&name) {
                 continue;
             }
             let kind = name.strip_prefix(JSON_KEY).and_then(Kind::from_name).ok_or_else(|| {
@@ -123,7 +140,7 @@ impl<'a> Source<'a> {
         let key = self.key(name);
         let tensor = self.get(name).ok_or_else(|| Error::checkpoint(&key, "U8 [_]", "no such tensor"))?;
         if tensor.dtype() != Stored::U8 || tensor.shape().len() != 1 {
-            return Err(Error::checkpoint(key, "U8 [_]", describe(&tensor)));
+            return Err(Error::checkpoint(key, "U8 [_]", describe(tensor)));
         }
         let header = Header::parse(tensor.data(), &key)?;
         if header.kind != kind {
@@ -143,7 +160,7 @@ impl<'a> Source<'a> {
     fn nested_map(&self) -> Result<Box<Map>> {
         let name = "nested_quant_map";
         let tensor = self.vector(name, FLOATS, 256)?;
-        let map: Box<Map> = floats(&tensor).try_into().expect("the length was checked");
+        let map: Box<Map> = floats(tensor).try_into().expect("the length was checked");
         if tensor.dtype() == Stored::F32 {
             if let Some(bad) = map.iter().find(|value| !value.is_finite()) {
                 return Err(Error::checkpoint(self.key(name), "finite values", bad));
@@ -163,7 +180,7 @@ impl<'a> Source<'a> {
 
     fn check_quant_map(&self, kind: Kind) -> Result<()> {
         let name = "quant_map";
-        if alike(&floats(&self.vector(name, FLOATS, 16)?), kind.values()) {
+        if alike(&floats(self.vector(name, FLOATS, 16)?), kind.values()) {
             return Ok(());
         }
         Err(Error::checkpoint(self.key(name), format!("the values of {}", kind.name()), "other values"))
@@ -173,11 +190,10 @@ impl<'a> Source<'a> {
     /// padding necessary, of less than one element.
     fn packed(&self, n: usize) -> Result<(Vec<u8>, Stored)> {
         let expected = || format!("a tensor of {} bytes", packed_len(n));
-        let tensor =
-            self.file.tensor(self.prefix).map_err(|_| Error::checkpoint(self.prefix, expected(), "no such tensor"))?;
+        let tensor = self.get("").ok_or_else(|| Error::checkpoint(self.prefix, expected(), "no such tensor"))?;
         let bits = tensor.dtype().bitsize();
         if bits % 8 != 0 || tensor.data().len() != packed_len(n).next_multiple_of(bits / 8) {
-            return Err(Error::checkpoint(self.prefix, expected(), describe(&tensor)));
+            return Err(Error::checkpoint(self.prefix, expected(), describe(tensor)));
         }
         Ok((tensor.data()[..packed_len(n)].to_vec(), tensor.dtype()))
     }

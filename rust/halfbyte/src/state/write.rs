@@ -7,7 +7,10 @@ use safetensors::{Dtype as Stored, View};
 use super::json::{Header, NestedHeader};
 use super::read::JSON_KEY;
 use super::{QuantState, Scales};
+use crate::element::Dtype;
 use crate::error::Result;
+use crate::four_bit::Spec;
+use crate::layout::{NESTED_BLOCK, block_count, packed_len};
 
 /// One tensor of a checkpoint: give it to `safetensors::serialize`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +79,43 @@ impl QuantState {
             data.to_mut().resize(padded, 0);
         }
         StateTensor { dtype: self.storage, shape: vec![data.len() / size, 1], data }
+    }
+}
+
+/// What [`QuantState::to_tensors`] gives for a weight that is not quantized yet.
+pub(crate) struct Outline<'a> {
+    pub(crate) spec: Spec,
+    pub(crate) storage: Stored,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: &'a [usize],
+}
+
+impl Outline<'_> {
+    /// Name after that of the weight and a dot (of the packed bytes: nothing), dtype, shape, and whether it is the JSON text, whose
+    /// size is known only when the weight is quantized; the shape is then the largest that it can have.
+    pub(crate) fn tensors(&self) -> Vec<(String, Stored, Vec<usize>, bool)> {
+        /// A float of fp32 has fewer characters in Python.
+        const LONGEST_FLOAT: usize = 25;
+        let Spec { kind, block, double_quant } = self.spec;
+        let n: usize = self.shape.iter().product();
+        let blocks = block_count(n, block);
+        let absmax = if double_quant { Stored::U8 } else { Stored::F32 };
+        let packed = packed_len(n).div_ceil(self.storage.bitsize() / 8);
+        let mut tensors = vec![
+            (String::new(), self.storage, vec![packed, 1], false),
+            ("absmax".into(), absmax, vec![blocks], false),
+            ("quant_map".into(), Stored::F32, vec![16], false),
+        ];
+        let mut nested = None;
+        if double_quant {
+            tensors.push(("nested_absmax".into(), Stored::F32, vec![block_count(blocks, NESTED_BLOCK)], false));
+            tensors.push(("nested_quant_map".into(), Stored::F32, vec![256], false));
+            nested = Some(NestedHeader { block: NESTED_BLOCK, offset: 0.0 });
+        }
+        let header = Header { kind, block, dtype: self.dtype, shape: self.shape.to_vec(), nested };
+        let text = header.to_text().len() + if double_quant { LONGEST_FLOAT } else { 0 };
+        tensors.push((format!("{JSON_KEY}{}", kind.name()), Stored::U8, vec![text], true));
+        tensors
     }
 }
 
