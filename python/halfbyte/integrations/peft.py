@@ -1,0 +1,5 @@
+"""peft."""
+
+
+def register() -> None:
+    """Nothing yet."""
