@@ -334,7 +334,7 @@ class Experts4bit(_Stacks):
         """Whether `module` is of transformers' kind with stacked float experts, which :meth:`from_module` takes."""
         if not all(
             isinstance(getattr(module, name, None), bool)
-            for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+            for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated")
         ):
             return False
         names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
