@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte import _native, ops
@@ -54,6 +55,25 @@ def route(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, inverse, offsets
 
 
+def low_rank(x: Tensor, offsets: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Return ``x[s] @ rhs[e].T @ lhs[e].T`` for rows that are sorted by expert; zeros for rows of nobody.
+
+    Parameters
+    ----------
+    x, offsets
+        As for :func:`~halfbyte.matmul_4bit_experts`.
+    lhs, rhs
+        Factors ``[E, N, r]`` and ``[E, r, K]``, cast to x's dtype. Gradients go to all three.
+    """
+    spare = -rhs.shape[1] % 8  # grouped products want rows of whole 16 bytes
+    lhs, rhs = F.pad(lhs.to(x.dtype), (0, spare)), F.pad(rhs.to(x.dtype), (0, 0, 0, spare))
+    row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    owned = ((row >= offsets[0]) & (row < offsets[-1])).unsqueeze(1)
+    inner = F.grouped_mm(x, rhs.transpose(1, 2), offs=offsets[1:])
+    inner = torch.where(owned, inner, 0)
+    return torch.where(owned, F.grouped_mm(inner, lhs.transpose(1, 2), offs=offsets[1:]), 0)
+
+
 class _Stacks(nn.Module):
     """A module with stacks ``[E, N, K]`` as parameters, quantized when they first move to a device."""
 
@@ -80,6 +100,15 @@ class _Stacks(nn.Module):
             ),
         )
 
+    @property
+    def adapters(self) -> dict[str, list[tuple[Tensor, Tensor, float]]]:
+        """Low-rank terms for stacks, by name: ``scale · lhs[e] @ rhs[e]``, with factors ``[E, N, r]`` and ``[E, r, K]``.
+
+        Adapters of libraries put theirs here for the time of a call. They are no part of the state dict.
+        """
+        adapters: dict[str, list[tuple[Tensor, Tensor, float]]] = self.__dict__.setdefault("_adapters", {})
+        return adapters
+
     def _packed(self) -> dict[str, Params4bit]:
         return {name: p for name, p in self._parameters.items() if isinstance(p, Params4bit)}
 
@@ -91,7 +120,10 @@ class _Stacks(nn.Module):
                 f"{type(self).__name__}.{name}: not quantized yet; move the module to a device first, "
                 f'module.to("{"cpu" if weight.is_meta else weight.device}"), or load a quantized checkpoint'
             )
-        return cast("Tensor", matmul_4bit_experts(x, offsets, weight, state, bias))
+        product = cast("Tensor", matmul_4bit_experts(x, offsets, weight, state, bias))
+        for lhs, rhs, scale in self.adapters.get(name, ()):
+            product = product + low_rank(x, offsets, lhs, rhs).to(product.dtype) * scale
+        return product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Stacks:
         packed = self._packed()
