@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from halfbyte import _native, ops
 from halfbyte._grouped import matmul_4bit_experts
 from halfbyte.errors import ArgumentError
+from halfbyte.nn import sharded
 from halfbyte.nn.params import Params4bit, check_packed, take_packed
 from halfbyte.quant_state import QuantState
 
@@ -112,6 +113,10 @@ class _Stacks(nn.Module):
     def _packed(self) -> dict[str, Params4bit]:
         return {name: p for name, p in self._parameters.items() if isinstance(p, Params4bit)}
 
+    def _split(self) -> dict[str, Any]:
+        """Return the stacks that FSDP has split."""
+        return {name: p for name, p in self._parameters.items() if sharded.shard_of(p) is not None}
+
     def _multiply(self, name: str, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
         weight: Any = self._parameters[name]
         state = getattr(weight, "quant_state", None)
@@ -153,6 +158,8 @@ class _Stacks(nn.Module):
             if weight.quant_state is not None:
                 for key, value in weight.quant_state.as_dict(packed=True).items():
                     destination[f"{prefix}{name}.{key}"] = value if keep_vars else value.detach()
+        for name, split in self._split().items():
+            destination.update({f"{prefix}{name}{key}": value for key, value in sharded.entries(split).items()})
 
     def _load_from_state_dict(
         self,
@@ -166,6 +173,14 @@ class _Stacks(nn.Module):
     ) -> None:
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         rest, done = dict(state_dict), set()
+        for name, split in self._split().items():
+            key = prefix + name
+            entries = {k: v for k, v in state_dict.items() if k.startswith(key + ".")}
+            if isinstance(state_dict.get(key), Tensor) and entries:
+                sharded.load(split, state_dict[key], entries, key)
+                done.add(key)
+                for entry in (key, *entries):
+                    rest.pop(entry)
         templates = self._packed()
         for name, weight in templates.items():
             key = prefix + name
