@@ -199,7 +199,10 @@ class Shard4bit(Tensor):
             if held is not None:  # another checkpoint may have been loaded meanwhile
                 held.offset, held.dtype = metadata.state.offset, metadata.state.dtype
             return None
-        packed, absmax, *nested = all_gather_outputs
+        packed, *gathered = all_gather_outputs
+        if not gathered:  # one process alone: FSDP hands over the first of the inputs only
+            gathered = [metadata.absmax, *(() if metadata.nested is None else (metadata.nested,))]
+        absmax, *nested = gathered
         state = metadata.whole(absmax, nested[0] if nested else None)
         return Gathered4bit.of(packed[: metadata.rows], state), ()
 
@@ -296,20 +299,30 @@ def _like(weight: Any, local: Tensor, size: tuple[int, ...]) -> Tensor:
 def entries(weight: Any) -> dict[str, Tensor]:
     """Return the entries of a state dict for a split parameter, by what follows the key of the weight (``""``, …).
 
-    Packed bytes and scales are DTensors, and can be loaded into; tables and the JSON entry are whole on every rank.
+    Packed bytes and scales are DTensors, and can be loaded into; tables and the JSON entry, whose size is a multiple of
+    256, are whole on every rank.
     """
     shard = cast("Shard4bit", shard_of(weight))
     scales = shard.scales
     scales.keep(*_place(weight))
     found: dict[str, Tensor] = {"": _like(weight, shard.packed.detach(), (scales.rows, 1))}
     described = {f".{key}": value for key, value in scales.state.as_dict(packed=True).items()}
+    blob = f".quant_state.bitsandbytes__{scales.state.quant_type}"
+    described[blob] = _padded(described[blob])
     for key, (share, total) in scales.own().items():
         described[f".{key}"] = _like(weight, share, (total,))
     # torch.distributed.checkpoint follows the dots of keys with getattr.
     weight.__dict__.update({key[1:]: value for key, value in described.items() if "." not in key[1:]})
-    blob = f".quant_state.bitsandbytes__{scales.state.quant_type}"
     weight.__dict__["quant_state"] = SimpleNamespace(**{blob.rpartition(".")[2]: described[blob]})
     return found | described
+
+
+def _padded(blob: Tensor) -> Tensor:
+    """Return JSON with spaces behind it, to a length that does not depend on its numbers.
+
+    torch.distributed.checkpoint reads a tensor into one of the same size; readers of JSON pass over spaces.
+    """
+    return torch.cat([blob, blob.new_full((-blob.numel() % 256,), ord(" "))])
 
 
 def load(weight: Any, data: Tensor, stored: Mapping[str, Any], key: str) -> None:
