@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 def _prepare_transformers() -> None:
     try:
-        from halfbyte.integrations import transformers
+        from halfbyte.integrations.transformers.quantizer import register
     except ImportError as error:  # a transformers that has moved what we build on must stay importable
         warnings.warn(f"halfbyte: models may not load or save quantized with this transformers: {error}", stacklevel=2)
     else:
-        transformers.register()
+        register()
 
 
 def _prepare_peft() -> None:
     try:
-        from halfbyte.integrations import peft
+        from halfbyte.integrations.peft import register
     except ImportError as error:
         warnings.warn(f"halfbyte: adapters may not train on experts with this peft: {error}", stacklevel=2)
     else:
-        peft.register()
+        register()
 
 
 _ACTIONS: dict[str, Callable[[], None]] = {

@@ -14,6 +14,8 @@ mixture checkpoints from before transformers 5 load. Tested with transformers 5.
 transformers; :mod:`halfbyte._hooks` does so when, and only when, transformers is there.
 """
 
+import transformers.quantizers.auto  # noqa: F401  # first: its import has :mod:`halfbyte._hooks` come here
+
 from halfbyte.integrations.transformers.config import HalfbyteConfig
 from halfbyte.integrations.transformers.quantizer import (
     Halfbyte4BitHfQuantizer,

@@ -3,7 +3,8 @@
 A stack ``[E, N, K]`` is quantized as one tensor. Files from before transformers 5, and the loaders of vLLM, know each
 expert's projections as linear layers of their own. As long as a projection is a whole number of blocks, packed bytes
 and scales of the one form are those of the other, in order. Nested statistics are not: they have one offset a tensor,
-and blocks of 256 scales. Where those do not fit, scales become fp32, exactly the numbers that they stood for.
+and blocks of 256 scales. Where those do not fit, scales become fp32, exactly the numbers that they stood for; a stack
+made of nested ones remembers the few numbers that they were nested with, and gives them back when it is taken apart.
 """
 
 from __future__ import annotations
@@ -80,7 +81,25 @@ def merge(parts: Sequence[Sequence[tuple[Tensor, QuantState]]], key: str) -> tup
         None if nested is None else first.offset,
         nested,
     )
+    if nested is None and all(state.state2 is not None for _, state in flat):
+        merged.__dict__["nested_parts"] = [(state.offset, state.state2) for _, state in flat]
     return packed, merged
+
+
+def _nested_again(scales: Tensor, offset: Tensor, inner: QuantState) -> QuantState | None:
+    """Undo :func:`plain_scales`: return codes for `scales` that stand for exactly them, or None if there are none."""
+    size = inner.blocksize or 256
+    outer, code = inner.absmax.to(scales.device), inner.code
+    assert code is not None
+    code, offset = code.to(scales.device), offset.to(scales.device)
+    values = code * outer.unsqueeze(1) + offset  # ascending, as the code is
+    filled = torch.nn.functional.pad(scales, (0, outer.numel() * size - scales.numel())).view(outer.numel(), size)
+    codes = torch.searchsorted(values, filled).clamp_(max=code.numel() - 1)
+    if not torch.equal(values.gather(1, codes).view(-1)[: scales.numel()], scales):
+        return None
+    codes = codes.view(-1)[: scales.numel()].to(torch.uint8)
+    nested = QuantState(outer, code=code, blocksize=size, dtype=inner.dtype)
+    return QuantState(codes, offset=offset, state2=nested)
 
 
 def _common_nesting(states: Sequence[QuantState]) -> QuantState | None:
@@ -141,21 +160,26 @@ def split(packed: Tensor, state: QuantState, parts: int) -> list[list[tuple[Tens
             QuantState(absmax.clone(), code=inner.code, blocksize=inner.blocksize, dtype=inner.dtype)
             for absmax in inner.absmax.split(outer)
         ]
+    remembered = state.__dict__.get("nested_parts")
+    if remembered is not None and len(remembered) == len(nested):
+        again = [_nested_again(scale, *known) for scale, known in zip(scales, remembered, strict=True)]
+    else:
+        again = [None] * len(nested)
     projections = [
         (
             data.clone().unsqueeze(1),
             QuantState(
-                absmax.clone(),
+                absmax.clone() if known is None else known.absmax,
                 torch.Size([height, width]),
                 state.code,
                 blocksize,
                 state.quant_type,
                 state.dtype,
-                None if within is None else state.offset,
-                within,
+                known.offset if known is not None else None if within is None else state.offset,
+                within if known is None else known.state2,
             ),
         )
-        for data, absmax, within in zip(bytes_, scales, nested, strict=True)
+        for data, absmax, within, known in zip(bytes_, scales, nested, again, strict=True)
     ]
     return [projections[first : first + parts] for first in range(0, count * parts, parts)]
 
