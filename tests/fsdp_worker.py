@@ -26,6 +26,10 @@ CASE, RANK, WORLD, PORT, FOLDER, DEVICE = (
     sys.argv[6],
 )
 WHOLE = StateDictOptions(full_state_dict=True)
+# Before torch 2.13 fully_shard takes parameters of floating-point types only.
+STORAGES = [torch.float16, torch.bfloat16, torch.float32]
+if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
+    STORAGES.append(torch.uint8)
 
 
 def same(got, wanted):
@@ -34,6 +38,7 @@ def same(got, wanted):
 
 
 def net(seed, dtype=torch.bfloat16, **options):
+    options = {"quant_storage": torch.bfloat16} | options
     torch.manual_seed(seed)
     # 35 rows: neither bytes nor scales divide evenly among the processes.
     model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 35)).to(dtype)
@@ -47,7 +52,7 @@ def split(model, mesh, **options):
 
 
 def pieces(mesh):
-    for storage in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+    for storage in STORAGES:
         for double in (False, True):
             options = {"quant_storage": storage, "double_quant": double}
             reference, model = net(0, **options), net(0, **options)
@@ -82,7 +87,7 @@ def offloaded(mesh):
 
 def refused(mesh):
     model = split(net(0), mesh)
-    for wrong in (net(0, blocksize=32), net(0, double_quant=False), net(0, quant_storage=torch.bfloat16)):
+    for wrong in (net(0, blocksize=32), net(0, double_quant=False), net(0, quant_storage=torch.float16)):
         try:
             set_model_state_dict(model, wrong.state_dict(), options=WHOLE)
         except CheckpointError as error:
@@ -94,7 +99,7 @@ def refused(mesh):
 def experts(mesh):
     def make():
         torch.manual_seed(0)
-        return Experts4bit(5, 64, 32).to(torch.bfloat16).to(DEVICE)
+        return Experts4bit(5, 64, 32, quant_storage=torch.bfloat16).to(torch.bfloat16).to(DEVICE)
 
     reference, model = make(), make()
     fully_shard(model, mesh=mesh)
