@@ -60,7 +60,11 @@ def bitsandbytes_config(double=True):
     )
 
 
-def load(folder, config=None, dtype=torch.bfloat16, **options):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def load(folder, config=None, dtype=torch.bfloat16, device="cpu", **options):
+    options["device_map"] = {"": device}
     if config is not None:
         options["quantization_config"] = config
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
@@ -68,7 +72,7 @@ def load(folder, config=None, dtype=torch.bfloat16, **options):
 
 @torch.inference_mode()
 def logits(model):
-    return model(input_ids=IDS).logits.float()
+    return model(input_ids=IDS.to(model.device)).logits.float().cpu()
 
 
 def distance(got, wanted):
@@ -93,12 +97,13 @@ def assert_same(a, b):
         assert torch.equal(a[key].reshape(-1).view(torch.uint8), b[key].reshape(-1).view(torch.uint8)), key
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("config", [halfbyte.HalfbyteConfig("nf4"), bitsandbytes_config()], ids=["halfbyte", "bnb"])
-def test_quantized_while_loading_and_saved(tmp_path, kind, config):
+def test_quantized_while_loading_and_saved(tmp_path, kind, config, device):
     folder = float_model(kind, tmp_path / "float")
-    original = logits(load(folder))
-    model = load(folder, config)
+    original = logits(load(folder, device=device))
+    model = load(folder, config, device=device)
     assert len(experts_of(model)) == 2
     for experts in experts_of(model):
         state = experts.down_proj.quant_state
@@ -118,7 +123,7 @@ def test_quantized_while_loading_and_saved(tmp_path, kind, config):
         weight = f"model.layers.1.{gate}.weight"
         assert {weight, f"{weight}.absmax", f"{weight}.quant_map", f"{weight}.quant_state.bitsandbytes__nf4"} <= saved.keys()
         assert written["quant_method"] == "bitsandbytes"
-    again = load(tmp_path / "first")
+    again = load(tmp_path / "first", device=device)
     assert len(experts_of(again)) == 2
     assert torch.equal(logits(again), expected)
     again.save_pretrained(tmp_path / "second", max_shard_size="60KB")
@@ -298,18 +303,19 @@ def adapted(model, **options):
     return model
 
 
-def test_lora_on_experts_is_what_it_is_on_float_ones(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_lora_on_experts_is_what_it_is_on_float_ones(tmp_path, device):
     peft = pytest.importorskip("peft")
     folder = float_model("qwen3_moe", tmp_path / "float")
     # In fp32: a rounding that sends a token to another expert changes gradients by more than rounding.
-    quantized = adapted(load(folder, halfbyte.HalfbyteConfig(), torch.float32))
-    reference = adapted(load(folder, halfbyte.HalfbyteConfig(), torch.float32).dequantize())
+    quantized = adapted(load(folder, halfbyte.HalfbyteConfig(), torch.float32, device))
+    reference = adapted(load(folder, halfbyte.HalfbyteConfig(), torch.float32, device).dequantize())
     saved, wanted = (peft.get_peft_model_state_dict(model) for model in (quantized, reference))
     assert {key: value.shape for key, value in saved.items()} == {key: value.shape for key, value in wanted.items()}
     gradients = []
     for model in (quantized, reference):
         model.train()
-        model(input_ids=IDS, labels=IDS).loss.backward()
+        model(input_ids=IDS.to(device), labels=IDS.to(device)).loss.backward()
         gradients.append({name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None})
         model.eval()
     assert gradients[0].keys() == gradients[1].keys()

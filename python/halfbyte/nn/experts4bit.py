@@ -66,13 +66,25 @@ def low_rank(x: Tensor, offsets: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
     lhs, rhs
         Factors ``[E, N, r]`` and ``[E, r, K]``, cast to x's dtype. Gradients go to all three.
     """
-    spare = -rhs.shape[1] % 8  # grouped products want rows of whole 16 bytes
-    lhs, rhs = F.pad(lhs.to(x.dtype), (0, spare)), F.pad(rhs.to(x.dtype), (0, 0, 0, spare))
     row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     owned = ((row >= offsets[0]) & (row < offsets[-1])).unsqueeze(1)
+    lhs, rhs = lhs.to(x.dtype), rhs.to(x.dtype)
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        return torch.where(owned, _low_rank_of_all(x, torch.searchsorted(offsets, row, right=True) - 1, lhs, rhs), 0)
+    spare = -rhs.shape[1] % 8  # grouped products want rows of whole 16 bytes
+    lhs, rhs = F.pad(lhs, (0, spare)), F.pad(rhs, (0, 0, 0, spare))
     inner = F.grouped_mm(x, rhs.transpose(1, 2), offs=offsets[1:])
     inner = torch.where(owned, inner, 0)
     return torch.where(owned, F.grouped_mm(inner, lhs.transpose(1, 2), offs=offsets[1:]), 0)
+
+
+def _low_rank_of_all(x: Tensor, expert: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Multiply rows by the factors of every expert, and keep those of their own: nothing has to know how many rows."""
+    experts, rank, _ = rhs.shape
+    place = expert.clamp(0, experts - 1).view(-1, 1, 1).expand(-1, 1, rank)
+    inner = F.linear(x, rhs.flatten(0, 1)).view(-1, experts, rank).gather(1, place)
+    spread = torch.zeros(x.shape[0], experts, rank, dtype=x.dtype, device=x.device).scatter(1, place, inner)
+    return F.linear(spread.flatten(1), lhs.permute(1, 0, 2).flatten(1))
 
 
 class _Stacks(nn.Module):
