@@ -67,7 +67,7 @@ print("losses", losses[0], losses[-1])
 
 model.save_pretrained(f"{folder}/adapter")
 ids = torch.tensor([data[0]["input_ids"]]).to(model.device)
-again = PeftModel.from_pretrained(load(), f"{folder}/adapter")
+again = PeftModel.from_pretrained(prepare_model_for_kbit_training(load()), f"{folder}/adapter")
 with torch.no_grad():
     model.eval()
     distance = (again.eval()(input_ids=ids).logits - model(input_ids=ids).logits).abs().max().item()

@@ -30,6 +30,7 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir=folder,
         max_length=64,
+        use_cpu=not torch.cuda.is_available(),
         per_device_train_batch_size=4,
         max_steps=12,
         learning_rate=5e-3,

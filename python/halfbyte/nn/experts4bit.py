@@ -73,8 +73,8 @@ def low_rank(x: Tensor, offsets: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
         return torch.where(owned, _low_rank_of_all(x, torch.searchsorted(offsets, row, right=True) - 1, lhs, rhs), 0)
     spare = -rhs.shape[1] % 8  # grouped products want rows of whole 16 bytes
     lhs, rhs = F.pad(lhs, (0, spare)), F.pad(rhs, (0, 0, 0, spare))
-    inner = F.grouped_mm(x, rhs.transpose(1, 2), offs=offsets[1:])
-    inner = torch.where(owned, inner, 0)
+    # Grouped products leave what is nobody's as it was in memory, in results and in gradients.
+    inner = torch.where(owned, F.grouped_mm(torch.where(owned, x, 0), rhs.transpose(1, 2), offs=offsets[1:]), 0)
     return torch.where(owned, F.grouped_mm(inner, lhs.transpose(1, 2), offs=offsets[1:]), 0)
 
 
