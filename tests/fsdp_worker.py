@@ -142,7 +142,9 @@ def train(mesh):
             MODEL, quantization_config=config, dtype=torch.float32, device_map={"": DEVICE}
         )
         torch.manual_seed(0)
-        options = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        options = peft.LoraConfig(
+            r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+        )
         return peft.get_peft_model(model, options).train()
 
     def step(model, ids):
@@ -150,7 +152,9 @@ def train(mesh):
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        gradients = {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in trained.items()}
+        gradients = {
+            name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in trained.items()
+        }
         optimizer.step()
         after = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for name, p in trained.items()}
         return loss.detach(), gradients, after

@@ -429,7 +429,10 @@ def test_low_rank_terms_and_their_gradients(device, dtype):
     torch.manual_seed(0)
     offsets = offsets_of([3, 0, 5, 1], before=2, device=device)
     x = torch.randn(14, 24, device=device).to(dtype).requires_grad_()
-    lhs, rhs = torch.randn(4, 40, 3, device=device).requires_grad_(), torch.randn(4, 3, 24, device=device).requires_grad_()
+    lhs, rhs = (
+        torch.randn(4, 40, 3, device=device).requires_grad_(),
+        torch.randn(4, 3, 24, device=device).requires_grad_(),
+    )
     out = low_rank(x, offsets, lhs, rhs)
     assert out.dtype == dtype
     wanted = torch.zeros(14, 40, dtype=torch.float64, device=device)

@@ -121,7 +121,12 @@ def test_quantized_while_loading_and_saved(tmp_path, kind, config, device):
     else:
         gate = {"qwen3_moe": "mlp.experts.3.gate_proj", "mixtral": "block_sparse_moe.experts.3.w1"}[kind]
         weight = f"model.layers.1.{gate}.weight"
-        assert {weight, f"{weight}.absmax", f"{weight}.quant_map", f"{weight}.quant_state.bitsandbytes__nf4"} <= saved.keys()
+        assert {
+            weight,
+            f"{weight}.absmax",
+            f"{weight}.quant_map",
+            f"{weight}.quant_state.bitsandbytes__nf4",
+        } <= saved.keys()
         assert written["quant_method"] == "bitsandbytes"
     again = load(tmp_path / "first", device=device)
     assert len(experts_of(again)) == 2
@@ -268,7 +273,14 @@ save_file(done, target)
     weights = {k: v for k, v in entries(folder).items() if ".mlp.experts." in k or "_proj.weight" in k}
     safetensors_torch.save_file(weights, tmp_path / "weights.safetensors")
     env = os.environ | {"PYTHONPATH": os.environ["HALFBYTE_BITSANDBYTES_PATH"]}
-    command = [sys.executable, "-c", code, tmp_path / "weights.safetensors", tmp_path / "theirs.safetensors", str(double)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        tmp_path / "weights.safetensors",
+        tmp_path / "theirs.safetensors",
+        str(double),
+    ]
     subprocess.run(command, check=True, env=env, timeout=240)
     theirs = safetensors_torch.load_file(tmp_path / "theirs.safetensors")
     keys = iter(weights)

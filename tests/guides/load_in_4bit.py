@@ -30,4 +30,6 @@ same = torch.equal(again.generate(**inputs, max_new_tokens=16, do_sample=False),
 print("reloaded", same)
 
 model = model.dequantize()
-print("dequantized", model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] - inputs["input_ids"].shape[1])
+print(
+    "dequantized", model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] - inputs["input_ids"].shape[1]
+)

@@ -115,7 +115,7 @@ class _Stacks(nn.Module):
 
     @property
     def adapters(self) -> dict[str, list[tuple[Tensor, Tensor, float]]]:
-        """Low-rank terms for stacks, by name: ``scale · lhs[e] @ rhs[e]``, with factors ``[E, N, r]`` and ``[E, r, K]``.
+        """Low-rank terms of stacks by name: ``scale · lhs[e] @ rhs[e]``, with factors ``[E, N, r]`` and ``[E, r, K]``.
 
         Adapters of libraries put theirs here for the time of a call. They are no part of the state dict.
         """

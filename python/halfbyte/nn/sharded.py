@@ -82,7 +82,9 @@ class Scales:
 
     def whole(self, absmax: Tensor, nested: Tensor | None) -> QuantState:
         """Return the state of the whole parameter, from shares of all ranks, one after another."""
-        return self._with(absmax.reshape(-1)[: self.blocks], None if nested is None else nested.reshape(-1)[: self.outer])
+        return self._with(
+            absmax.reshape(-1)[: self.blocks], None if nested is None else nested.reshape(-1)[: self.outer]
+        )
 
     def _with(self, absmax: Tensor, nested: Tensor | None) -> QuantState:
         state = self.state.copy_to(absmax.device)
@@ -131,7 +133,7 @@ class Shard4bit(Tensor):
     scales: Scales
 
     @staticmethod
-    def __new__(cls, packed: Tensor, scales: Scales) -> Shard4bit:  # noqa: D102  # the class says it
+    def __new__(cls: type[Shard4bit], packed: Tensor, scales: Scales) -> Shard4bit:  # noqa: D102  # the class says it
         self: Shard4bit = torch.Tensor._make_wrapper_subclass(
             cls,
             packed.size(),
@@ -149,7 +151,7 @@ class Shard4bit(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation on packed bytes; results of what FSDP does to pieces are pieces again."""
@@ -235,17 +237,14 @@ class Gathered4bit(Params4bit):
     @classmethod
     def of(cls, packed: Tensor, state: QuantState) -> Gathered4bit:
         """Return packed bytes and their state as a parameter."""
-        return cast(
-            "Gathered4bit",
-            cls(
-                packed,
-                quant_state=state,
-                blocksize=state.blocksize,
-                compress_statistics=state.nested,
-                quant_type=state.quant_type or "fp4",
-                quant_storage=packed.dtype,
-                bnb_quantized=True,
-            ),
+        return cls(
+            packed,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type or "fp4",
+            quant_storage=packed.dtype,
+            bnb_quantized=True,
         )
 
     @classmethod
@@ -338,7 +337,9 @@ def load(weight: Any, data: Tensor, stored: Mapping[str, Any], key: str) -> None
     scales.keep(*_place(weight))
     # Read whole: shares would not have the sizes that the state says. DTensors are checked by their own.
     absent = {name: value for name, value in stored.items() if not _is_share(name)}
-    blank = {name: torch.zeros(tuple(value.shape), dtype=value.dtype) for name, value in stored.items() if _is_share(name)}
+    blank = {
+        name: torch.zeros(tuple(value.shape), dtype=value.dtype) for name, value in stored.items() if _is_share(name)
+    }
     state = QuantState.from_dict({**absent, **blank}, shard.device)
     mine = scales.state
     wanted = (mine.shape, mine.blocksize, mine.quant_type, mine.nested)
@@ -378,7 +379,7 @@ def _copy_share(target: Tensor, value: Any, weight: Any) -> None:
 
 
 def split(whole: Params4bit, pieces: tuple[Tensor, ...], count: int) -> tuple[Params4bit, ...]:
-    """Return pieces of ``chunk`` as parameters that know their place; the next ``new_zeros`` makes a piece of FSDP's."""
+    """Return pieces of ``chunk`` as parameters that know their place; the next ``new_zeros`` makes FSDP's own."""
     made = []
     for rank, piece in enumerate(pieces):
         part = whole.like(piece)

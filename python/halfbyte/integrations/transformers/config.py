@@ -41,7 +41,7 @@ class Recipe:
 
 
 class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How ``from_pretrained`` quantizes a model with halfbyte, whatever ``import bitsandbytes`` finds.
+    r"""How ``from_pretrained`` quantizes a model with halfbyte, whatever ``import bitsandbytes`` finds.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
     skip
         Names or patterns of modules that are left alone, beside the output embedding and tied weights: the start of a
         name up to a dot, its end, or a regular expression for its start (``"lm_head"``, ``"model.layers.0"``,
-        ``"down_proj"``, ``r"model\\.layers\\.[01]"``).
+        ``"down_proj"``, ``r"model\.layers\.[01]"``).
     experts
         Whether stacked experts (3-D parameters) are quantized too, which 4-bit schemes can.
     threshold
@@ -135,9 +135,7 @@ class HalfbyteConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in kept.items()}
         skip = getattr(self, "_skipped", self.skip)
         if self.load_in_8bit:
-            there = BitsAndBytesConfig(
-                load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=skip
-            )
+            there = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=skip)
         else:
             there = BitsAndBytesConfig(
                 load_in_4bit=True,

@@ -44,7 +44,8 @@ def plain_scales(state: QuantState) -> Tensor:
     """Return the scales of `state` as fp32, denested if they are nested."""
     if state.state2 is None or state.offset is None:
         return state.absmax
-    return dequantize_blockwise(state.absmax, state.state2) + state.offset
+    scales: Tensor = dequantize_blockwise(state.absmax, state.state2)
+    return scales + state.offset
 
 
 def merge(parts: Sequence[Sequence[tuple[Tensor, QuantState]]], key: str) -> tuple[Tensor, QuantState]:
@@ -62,9 +63,10 @@ def merge(parts: Sequence[Sequence[tuple[Tensor, QuantState]]], key: str) -> tup
             if (state.shape, state.blocksize, state.quant_type, state.dtype) != wanted:
                 raise CheckpointError(f"checkpoint entry `{key}`: expert {number} has another form than expert 0")
             check_packed(packed, state, key)
-    if any(len(shape or ()) != 2 or shape[1] != form[0][0][1] for shape, *_ in form):  # type: ignore[index]
+    shapes = [tuple(shape or ()) for shape, *_ in form]
+    if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
         raise CheckpointError(f"checkpoint entry `{key}`: expected projections [N, K] with K in common")
-    shape = torch.Size([len(parts), sum(shape[0] for shape, *_ in form), form[0][0][1]])  # type: ignore[index]
+    shape = torch.Size([len(parts), sum(rows for rows, _ in shapes), shapes[0][1]])
     flat = [piece for expert in parts for piece in expert]
     blocksize = first.blocksize or 64
     if any(prod(state.shape or ()) % blocksize for _, state in flat):
@@ -122,9 +124,7 @@ def _common_nesting(states: Sequence[QuantState]) -> QuantState | None:
     return QuantState(absmax, code=first.code, blocksize=first.blocksize, dtype=first.dtype)
 
 
-def _requantized(
-    parts: Sequence[Sequence[tuple[Tensor, QuantState]]], first: QuantState
-) -> tuple[Tensor, QuantState]:
+def _requantized(parts: Sequence[Sequence[tuple[Tensor, QuantState]]], first: QuantState) -> tuple[Tensor, QuantState]:
     """Stack projections of which a block would span two: there is no other way than to quantize again."""
     dense = torch.stack([torch.cat([dequantize_4bit(*piece) for piece in expert]) for expert in parts])
     return quantize_4bit(
@@ -152,13 +152,13 @@ def split(packed: Tensor, state: QuantState, parts: int) -> list[list[tuple[Tens
     blocks, elements = height * width // blocksize, height * width // (packed.itemsize * 2)
     inner = state.state2
     outer = 0 if inner is None or blocks % (inner.blocksize or 256) else blocks // (inner.blocksize or 256)
-    scales = (state.absmax if outer else plain_scales(state)).split(blocks)
-    bytes_ = packed.reshape(-1).split(elements)
+    scales = torch.split(state.absmax if outer else plain_scales(state), blocks)
+    bytes_ = torch.split(packed.reshape(-1), elements)
     nested: list[QuantState | None] = [None] * (count * parts)
     if outer and inner is not None:
         nested = [
             QuantState(absmax.clone(), code=inner.code, blocksize=inner.blocksize, dtype=inner.dtype)
-            for absmax in inner.absmax.split(outer)
+            for absmax in torch.split(inner.absmax, outer)
         ]
     remembered = state.__dict__.get("nested_parts")
     if remembered is not None and len(remembered) == len(nested):

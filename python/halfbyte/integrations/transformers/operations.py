@@ -47,7 +47,8 @@ def _owner(model: Any, name: str) -> tuple[Any, str]:
 
 
 def _only(value: Any) -> Tensor:
-    return value[0] if isinstance(value, list) else value
+    only: Tensor = value[0] if isinstance(value, list) else value
+    return only
 
 
 class Quantize(_Operation):
@@ -107,7 +108,11 @@ class Deserialize8bit(_Operation):
     """int8 weight and its row scales → the parameter. What has no scales is passed on as it is."""
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,  # noqa: ARG002
     ) -> dict[str, Any]:
         """Do it; see the class."""
         if len(input_dict) == 1:
@@ -177,9 +182,7 @@ class MergeExperts(_Operation):
         return {target_patterns[0]: parameter}
 
     @staticmethod
-    def _projection(
-        input_dict: dict[str, Any], patterns: Sequence[str], name: str
-    ) -> list[tuple[Tensor, QuantState]]:
+    def _projection(input_dict: dict[str, Any], patterns: Sequence[str], name: str) -> list[tuple[Tensor, QuantState]]:
         *statistics, weight = (input_dict.pop(pattern, []) for pattern in patterns)
         found = {name: values for name, values in zip(STATISTICS, statistics, strict=True) if values}
         if any(len(values) != len(weight) for values in found.values()):

@@ -29,7 +29,7 @@ from halfbyte.integrations.transformers.operations import (
     MergeExperts,
     Quantize,
 )
-from halfbyte.nn import Experts4bit, Linear4bit, Params4bit
+from halfbyte.nn import Experts4bit, Linear4bit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # ---- before anything is loaded
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Raise where the model cannot be loaded: no int8 layers here, or a device map with a disk in it."""
         if self._recipe.is_int8 and Linear8bitLt is None:
             raise HalfbyteError("scheme: this halfbyte has no LLM.int8() layers")
@@ -82,7 +82,12 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return {key: value * 0.90 for key, value in max_memory.items()}
 
     def _process_model_before_weight_loading(
-        self, model: Any, device_map: Any = None, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any
+        self,
+        model: Any,
+        device_map: Any = None,
+        checkpoint_files: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         config, chosen = self.quantization_config, self._recipe
         if not chosen.is_int8:
@@ -191,7 +196,11 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _endings(self) -> list[str]:
         """Return the ends of stacks' names, ``experts.gate_up_proj``, each once."""
         return sorted(
-            {f"{name.rpartition('.')[2]}.{leaf}" for name, module in self._originals.items() for leaf in _stacks(module)}
+            {
+                f"{name.rpartition('.')[2]}.{leaf}"
+                for name, module in self._originals.items()
+                for leaf in _stacks(module)
+            }
         )
 
     def _stacked(self, ending: str) -> WeightConverter:
@@ -282,7 +291,7 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dense(self, name: str, module: Any, dtype: torch.dtype | None) -> nn.Module | None:
-        """Return the float module that `module` stands for: 4-bit weights in the dtype that they had, int8 in `dtype`."""
+        """Return the float module that `module` stands for: 4-bit weights as what they were, int8 ones in `dtype`."""
         if isinstance(module, Experts4bit):
             original = self._originals[name]
             for leaf in _stacks(module):
@@ -388,12 +397,11 @@ def _route(converter: Any) -> experts.Route | None:
 
 def _for_saving(conversion: Any) -> Any:
     """Return the conversion that saving undoes: none for one of ours, transformers' own for one that we took over."""
-    operations = getattr(conversion, "operations", ())
-    if any(isinstance(operation, Deserialize4bit | Deserialize8bit) for operation in operations):
+    merge = next(iter(getattr(conversion, "operations", ())), None)
+    if isinstance(merge, Deserialize4bit | Deserialize8bit):
         return None
-    if not any(isinstance(operation, MergeExperts) for operation in operations):
+    if not isinstance(merge, MergeExperts):
         return conversion
-    merge = operations[0]
     sources = conversion._original_source_patterns[-merge.projections :]
     own = WeightConverter(sources, list(conversion._original_target_patterns), list(merge.operations))
     own.scope_prefix, own.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
