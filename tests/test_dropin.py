@@ -107,7 +107,7 @@ def test_importing_halfbyte_after_the_libraries_concluded_that_it_is_absent():
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
         result = [before, lazy, after, same, AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__]
     """)
-    assert result == [[NONE, False, None], False, ALL, True, "halfbyte.integrations.transformers"]
+    assert result == [[NONE, False, None], False, ALL, True, "halfbyte.integrations.transformers.quantizer"]
 
 
 def test_an_installed_bitsandbytes_is_left_alone(real):

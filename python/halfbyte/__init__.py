@@ -10,7 +10,9 @@ Importing this package makes an absent ``bitsandbytes`` importable (``HALFBYTE_N
 :func:`replace_bitsandbytes` does it to an installed one.
 """
 
-from halfbyte import _dropin, _native, errors, functional, nn, ops, optim
+from typing import Any
+
+from halfbyte import _dropin, _hooks, _native, errors, functional, nn, ops, optim
 from halfbyte._dropin import replace_bitsandbytes
 from halfbyte._fuse import fuse_linears, unfuse_linears
 from halfbyte._grouped import matmul_4bit_experts, matmul_4bit_group
@@ -22,6 +24,7 @@ from halfbyte.quant_state import QuantState
 __version__: str = _native.build_info()["version"]
 
 __all__ = [
+    "HalfbyteConfig",
     "MatmulLtState",
     "QuantState",
     "__version__",
@@ -41,3 +44,12 @@ __all__ = [
 ]
 
 _dropin.install()
+_hooks.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HalfbyteConfig":  # imports transformers
+        from halfbyte.integrations.transformers import HalfbyteConfig
+
+        return HalfbyteConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
