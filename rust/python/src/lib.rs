@@ -1,5 +1,6 @@
 //! `halfbyte._native`: tensors in through `DLPack`, one call into the core, errors out as `halfbyte.errors`.
 
+mod c_api;
 mod dlpack;
 mod eager;
 mod eight_bit;
@@ -14,6 +15,8 @@ use pyo3::prelude::*;
 
 #[pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use super::c_api::{remember_code, take_c_error};
     #[pymodule_export]
     use super::eager::{eager_linear_4bit, eager_matmul_4bit};
     #[pymodule_export]

@@ -1,13 +1,16 @@
 //! The CUDA driver: found at run time, used through the primary context that torch and everybody else uses.
 //!
-//! Nothing here allocates device memory, creates a stream or synchronizes. The caller's current context is left as it was.
+//! Nothing here allocates device memory, creates a stream or, but for [`read`], synchronizes. The caller's current context is left
+//! as it was.
 
 mod context;
 mod error;
 mod kernel;
+mod memory;
 
 pub use context::{Device, capture_of, device, device_count, driver_version};
 pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
+pub use memory::{device_of, read};
 
 use std::ffi::c_void;
 
