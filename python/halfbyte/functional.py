@@ -17,6 +17,7 @@ from torch import Tensor
 
 from halfbyte import ops
 from halfbyte._interop import giver_back, to_torch
+from halfbyte._maps import create_fp8_map, create_linear_map, create_normal_map
 from halfbyte._matmul import matmul_4bit, statistics
 from halfbyte._tables import FLOAT_DTYPES, NESTED_BLOCKSIZE, STORAGE_DTYPES, code_4bit, dynamic_map, dynamic_values
 from halfbyte.errors import ArgumentError, DeviceError, DtypeError, ShapeError
@@ -25,6 +26,9 @@ from halfbyte.quant_state import QuantState
 __all__ = [
     "QuantState",
     "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_fp4",

@@ -1,47 +1,117 @@
-"""``bitsandbytes.nn.modules``: where the layers live in bitsandbytes.
+"""``bitsandbytes.nn.modules``: where the layers live in bitsandbytes."""
 
-``Linear8bitLt`` and ``Int8Params`` are names without content: libraries ask ``isinstance(layer, Linear8bitLt)`` of
-every layer, 4-bit ones included, and must be told no. Making one raises.
-"""
+from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from halfbyte.errors import CheckpointError
+from halfbyte.nn import (
+    Embedding,
+    Embedding4bit,
+    EmbeddingFP4,
+    EmbeddingNF4,
+    Linear4bit,
+    LinearFP4,
+    LinearNF4,
+    Params4bit,
+    StableEmbedding,
+    fix_4bit_weight_quant_state_from_module,
+)
+from halfbyte.quant_state import QuantState
 
-__all__ = ["Int8Params", "Linear4bit", "Linear8bitLt", "LinearFP4", "LinearNF4", "Params4bit"]
+from .._late import find
+from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
+from . import _missing
+
+__all__ = [
+    "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
+    "Embedding",
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "OutlierAwareLinear",
+    "OutlierTracer",
+    "Params4bit",
+    "QuantState",
+    "StableEmbedding",
+    "fix_4bit_weight_quant_state_from_module",
+    "maybe_rearrange_weight",
+]
+
+Linear8bitLt: Any = find("Linear8bitLt") or _missing.Linear8bitLt
+Int8Params: Any = find("Int8Params") or _missing.Int8Params
+Embedding8bit: Any = find("Embedding8bit") or _missing.Embedding8bit
+
+if __name__ == "bitsandbytes.nn.modules":
+    Linear4bit._casts_bias = True
 
 
-def _no_int8(name: str) -> NoReturn:
-    raise HalfbyteError(
-        f"{name}: bitsandbytes is served by halfbyte here, which does not do LLM.int8() in this version. "
-        "Use load_in_4bit=True, or install bitsandbytes and do not replace it"
-    )
+class OutlierAwareLinear(torch.nn.Linear):
+    """A base for linear layers that treat some dimensions of their input apart.
+
+    A subclass says how: :meth:`quantize_weight` and :meth:`forward_with_outliers`. Which dimensions,
+    :class:`~bitsandbytes.utils.OutlierTracer` says; the weight is quantized at the first forward.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.outlier_dim: Tensor | None = None
+        self.is_quantized = False
+
+    def forward_with_outliers(self, x: Tensor, outlier_idx: Tensor | None) -> Tensor:
+        """Multiply; to be written by the subclass."""
+        raise NotImplementedError("Please override the `forward_with_outliers(self, x, outlier_idx)` function")
+
+    def quantize_weight(self, w: Tensor, outlier_idx: Tensor | None) -> Tensor:
+        """Return the quantized weight, of the same shape; to be written by the subclass."""
+        raise NotImplementedError("Please override the `quantize_weights(self, w, outlier_idx)` function")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Find the outlier dimensions and quantize the weight, if that has not been done, then multiply."""
+        if self.outlier_dim is None:
+            self.outlier_dim = OutlierTracer.get_instance().get_outliers(self.weight)
+        if not self.is_quantized:
+            self.weight.data.copy_(self.quantize_weight(self.weight, self.outlier_dim))
+            self.is_quantized = True
+        return self.forward_with_outliers(x, self.outlier_dim)
 
 
-class Linear8bitLt(torch.nn.Linear):
-    """Answers ``isinstance`` with no; cannot be made.
+def maybe_rearrange_weight(
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],  # noqa: ARG001
+    strict: bool,  # noqa: ARG001
+    missing_keys: list[str],  # noqa: ARG001
+    unexpected_keys: list[str],  # noqa: ARG001
+    error_msgs: list[str],  # noqa: ARG001
+) -> None:
+    """Take the entry ``weight_format`` out of a state dict that is being loaded; a load pre-hook.
 
     Raises
     ------
-    HalfbyteError
-        Always.
+    CheckpointError
+        If the weight is in an order other than row by row, which bitsandbytes wrote until 0.44.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        _no_int8("Linear8bitLt")
-
-
-class Int8Params(torch.nn.Parameter):
-    """Answers ``isinstance`` with no; cannot be made.
-
-    Raises
-    ------
-    HalfbyteError
-        Always.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG004, D102
-        _no_int8("Int8Params")
+    if state_dict.get(f"{prefix}weight") is None:
+        return
+    stored = state_dict.pop(f"{prefix}weight_format", "row")
+    name = stored
+    if isinstance(stored, Tensor):
+        name = INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.get(int(stored), str(int(stored)))
+    if name != "row":
+        raise CheckpointError(f"checkpoint entry `{prefix}weight_format`: expected row, got {name}")
