@@ -12,12 +12,12 @@ that halfbyte does not have is an AttributeError that says so.
 from importlib import import_module
 from importlib.util import find_spec
 
-from halfbyte import matmul_4bit
 from halfbyte._dropin import SERVED_VERSION as __version__
 
 from . import _ops as _ops
 from . import autograd, cextension, consts, cuda_specs, functional, nn, utils
 from ._late import attributes
+from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
 
 if find_spec(f"{__name__}.optim") is not None:
@@ -46,4 +46,4 @@ __all__ = [
     "utils",
 ]
 
-__getattr__ = attributes("bitsandbytes", frozenset({"MatmulLtState", "matmul"}))
+__getattr__ = attributes("bitsandbytes", frozenset())

@@ -12,13 +12,15 @@ from halfbyte._matmul import matmul_as_is, statistics
 from halfbyte.errors import ArgumentError
 from halfbyte.quant_state import QuantState
 
-from .._late import attributes
+from .. import _missing
+from .._late import attributes, find
 
-__all__ = ["GlobalOutlierPooler", "MatMul4Bit", "matmul_4bit"]
+__all__ = ["GlobalOutlierPooler", "MatMul4Bit", "MatmulLtState", "matmul", "matmul_4bit"]
 
-__getattr__ = attributes(
-    "bitsandbytes.autograd._functions", frozenset({"MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul"})
-)
+__getattr__ = attributes("bitsandbytes.autograd._functions", frozenset({"MatMul8bitFp", "MatMul8bitLt"}))
+
+MatmulLtState: Any = find("MatmulLtState") or _missing.MatmulLtState
+matmul: Any = find("matmul") or _missing.matmul
 
 
 class MatMul4Bit(torch.autograd.Function):

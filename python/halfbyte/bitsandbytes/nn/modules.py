@@ -22,9 +22,9 @@ from halfbyte.nn import (
 )
 from halfbyte.quant_state import QuantState
 
+from .. import _missing
 from .._late import find
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
-from . import _missing
 
 __all__ = [
     "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",

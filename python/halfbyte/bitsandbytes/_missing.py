@@ -37,3 +37,15 @@ class Int8Params(torch.nn.Parameter):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG004
         _no_int8("Int8Params")
+
+
+class MatmulLtState:
+    """Cannot be made: HalfbyteError."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        _no_int8("MatmulLtState")
+
+
+def matmul(*args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG001
+    """Raise HalfbyteError."""
+    _no_int8("matmul")
