@@ -1,28 +1,15 @@
-"""Names of bitsandbytes that a version of halfbyte may have or not: looked up when they are asked for."""
+"""Names that a version of halfbyte may have or not, as attributes of a module."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from halfbyte.integrations._late import find
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_HOMES = ("halfbyte", "halfbyte.functional", "halfbyte.nn", "halfbyte.optim")
-
-
-def find(name: str) -> Any | None:
-    """Return what halfbyte calls `name`, or None."""
-    for home in _HOMES:
-        try:
-            module = importlib.import_module(home)
-        except ModuleNotFoundError as error:
-            if error.name != home:
-                raise
-            continue
-        if hasattr(module, name):
-            return getattr(module, name)
-    return None
+__all__ = ["attributes", "find"]
 
 
 def attributes(module: str, names: frozenset[str]) -> Callable[[str], Any]:

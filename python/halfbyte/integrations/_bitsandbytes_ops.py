@@ -13,9 +13,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from halfbyte import functional, ops
+from halfbyte import ops
 from halfbyte._tables import NESTED_BLOCKSIZE, QUANT_TYPES, STORAGE_DTYPES, code_4bit
 from halfbyte.errors import ArgumentError, DtypeError, HalfbyteError, ShapeError
+from halfbyte.integrations._late import find
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,7 +169,7 @@ def _write(out: Tensor, run: Callable[[Tensor], object]) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] | None = getattr(functional, name, None)
+    found: Callable[..., Any] | None = find(name)
     if found is None:
         raise HalfbyteError(f"{name}: this version of halfbyte does not have it")
     return found
@@ -299,7 +300,7 @@ BY_FUNCTION: Final[dict[str, Callable[..., Any]]] = {
     "optimizer_update_32bit": _optimizer_update_32bit,
     "optimizer_update_8bit_blockwise": _optimizer_update_8bit_blockwise,
 }
-"""Operations that a function of :mod:`halfbyte.functional` does, where it is there."""
+"""Operations that a function of halfbyte does, where it is there."""
 
 # ---- fakes
 

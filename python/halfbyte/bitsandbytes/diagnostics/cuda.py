@@ -5,9 +5,18 @@ from __future__ import annotations
 from halfbyte import _native
 from halfbyte.errors import HalfbyteError
 
+from ..cextension import HIP_ENVIRONMENT, get_cuda_bnb_library_path
 from ..cuda_specs import CUDASpecs
+from .utils import print_dedented
 
-__all__ = ["CUDASpecs", "print_diagnostics", "print_runtime_diagnostics"]
+__all__ = [
+    "HIP_ENVIRONMENT",
+    "CUDASpecs",
+    "get_cuda_bnb_library_path",
+    "print_dedented",
+    "print_diagnostics",
+    "print_runtime_diagnostics",
+]
 
 
 def print_diagnostics(cuda_specs: CUDASpecs) -> None:

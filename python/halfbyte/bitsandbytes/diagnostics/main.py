@@ -9,14 +9,14 @@ import sys
 import torch
 
 import halfbyte
-from halfbyte._dropin import SERVED_VERSION
+from halfbyte._dropin import SERVED_VERSION as bnb_version
 
 from ..consts import PACKAGE_GITHUB_URL
 from ..cuda_specs import get_cuda_specs
 from .cuda import print_diagnostics
 from .utils import print_dedented, print_header
 
-__all__ = ["PACKAGE_GITHUB_URL", "get_package_version", "main", "sanity_check", "show_environment"]
+__all__ = ["PACKAGE_GITHUB_URL", "bnb_version", "get_package_version", "main", "sanity_check", "show_environment"]
 
 _RELATED_PACKAGES = ["accelerate", "diffusers", "numpy", "peft", "safetensors", "transformers", "triton", "trl"]
 
@@ -60,7 +60,7 @@ def sanity_check() -> None:
 
 def main() -> None:
     """Print everything, and end the process with status 1 if nothing can be computed."""
-    print_header(f"bitsandbytes {SERVED_VERSION}, served by halfbyte {halfbyte.__version__}")
+    print_header(f"bitsandbytes {bnb_version}, served by halfbyte {halfbyte.__version__}")
     show_environment()
     print_header("")
     specs = get_cuda_specs()

@@ -23,7 +23,8 @@ from halfbyte.nn import (
 from halfbyte.quant_state import QuantState
 
 from .. import _missing
-from .._late import find
+from .._late import attributes, find
+from ..functional import has_avx512bf16
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
 
 __all__ = [
@@ -44,12 +45,15 @@ __all__ = [
     "QuantState",
     "StableEmbedding",
     "fix_4bit_weight_quant_state_from_module",
+    "has_avx512bf16",
     "maybe_rearrange_weight",
 ]
 
 Linear8bitLt: Any = find("Linear8bitLt") or _missing.Linear8bitLt
 Int8Params: Any = find("Int8Params") or _missing.Int8Params
 Embedding8bit: Any = find("Embedding8bit") or _missing.Embedding8bit
+
+__getattr__ = attributes("bitsandbytes.nn.modules", frozenset({"GlobalOptimManager"}))
 
 if __name__ == "bitsandbytes.nn.modules":
     Linear4bit._casts_bias = True
