@@ -23,20 +23,19 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     signed
         Whether there are negative values.
     total_bits
-        Bits of a code, 1 to 8.
+        Bits of a code, 2 to 8.
     add_zero
         Whether 0 must be among the values of a signed map, which then has one value less. It is with fewer than 8 bits.
 
     Raises
     ------
     ArgumentError
-        If `total_bits` is not 1 to 8.
+        If `total_bits` is not 2 to 8.
     """
     _check_bits(total_bits)
     count = 2**total_bits - (1 if signed and (add_zero or total_bits < 8) else 0)
     values = torch.linspace(-1.0 if signed else 0.0, 1.0, count, dtype=torch.float32, device="cpu")
-    middle = count // 2
-    return torch.cat([values[:middle], values.new_zeros(_SIZE - count), values[middle:]])
+    return torch.cat([values, values.new_zeros(_SIZE - count)]).sort().values
 
 
 def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
@@ -54,7 +53,7 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     Raises
     ------
     ArgumentError
-        If the bits do not add up to `total_bits`, or that is not 1 to 8.
+        If the bits do not add up to `total_bits`, or that is not 2 to 8.
     """
     _check_bits(total_bits)
     if exponent_bits < 0 or precision_bits < 0 or exponent_bits + precision_bits + int(signed) != total_bits:
@@ -102,5 +101,5 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
 
 
 def _check_bits(total_bits: int) -> None:
-    if not 1 <= total_bits <= 8:
-        raise ArgumentError(f"total_bits: expected 1 to 8, got {total_bits}")
+    if not 2 <= total_bits <= 8:
+        raise ArgumentError(f"total_bits: expected 2 to 8, got {total_bits}")
