@@ -68,9 +68,9 @@ def test_rows_that_do_not_exist_are_refused(width, row):
 
 def test_one_that_is_not_quantized_says_so():
     module = EmbeddingNF4(10, 64)
-    with pytest.raises(ArgumentError, match="EmbeddingNF4.weight: not quantized yet"):
+    with pytest.raises(ArgumentError, match=r"EmbeddingNF4\.weight: not quantized yet"):
         module(torch.tensor([1]))
-    with pytest.raises(NotImplementedError, match="EmbeddingNF4.*not quantized yet"):
+    with pytest.raises(NotImplementedError, match=r"EmbeddingNF4.*not quantized yet"):
         module.state_dict()
 
 

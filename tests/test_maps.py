@@ -31,18 +31,14 @@ def test_small_floats(exponent):
     assert (table.shape, table.dtype) == ((256,), torch.float32)
     assert table.max() == 1
     assert torch.equal(table, -table.flip(0))
-    if exponent == 4:  # E4M3 without its NaNs: the largest is 15/8 · 2^8 in units of its subnormals' 2^-3 · 2^-7
-        positive = table[table > 0]
-        assert positive.numel() == 127
-        assert positive[0] * (1.875 * 2**6) == 2**-3 * 2**-8
-
-
-def test_small_floats_of_torch():
-    """E5M2 of this map, scaled, is torch's float8_e5m2 with finite numbers in the place of its infinities and NaNs."""
-    every = torch.arange(128, dtype=torch.uint8).view(torch.float8_e5m2).float()
-    finite = every[every.isfinite()]
-    table = F.create_fp8_map(True, 5, 2)[128:]
-    torch.testing.assert_close(table[: finite.numel()] * (finite[1] / table[1]), finite)
+    positive = table[table > 0].double()
+    assert positive.numel() == 127
+    steps = 2 ** (7 - exponent)
+    # Subnormal values go up by the smallest; the others by parts of a power of two, from four times further on.
+    torch.testing.assert_close(positive[: steps - 1] / positive[0], torch.arange(1.0, steps, dtype=torch.double))
+    normal = positive[steps - 1 :].view(-1, steps) / positive[0] / (4 * steps)
+    expected = (1 + torch.arange(steps, dtype=torch.double) / steps) * 2.0 ** torch.arange(2**exponent - 1)[:, None]
+    torch.testing.assert_close(normal, expected)
 
 
 def test_normal_quantiles():

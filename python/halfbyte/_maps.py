@@ -46,7 +46,8 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     signed
         Whether one bit is the sign.
     exponent_bits, precision_bits
-        Bits of exponent and fraction; exponent 0 is subnormal.
+        Bits of exponent and fraction. Exponent 0 is subnormal; as in bitsandbytes, the other values start two powers
+        of two above where the subnormal ones end.
     total_bits
         All bits of a code: the sum of these.
 
@@ -63,10 +64,9 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
         )
     steps = 2**precision_bits
     bias = 2.0 ** (exponent_bits - 1)
-    values = []
-    for exponent in range(2**exponent_bits):
-        scale = 2.0 ** (exponent - bias - 1) if exponent else 2.0**-bias
-        values += [(step / steps + (1 if exponent else 0)) * scale for step in range(steps)]
+    values = [step / steps * 2.0**-bias for step in range(steps)]
+    for exponent in range(1, 2**exponent_bits):
+        values += [(1 + step / steps) * 2.0 ** (bias + 1 - exponent) for step in range(steps)]
     if signed:
         values += [-value for value in values]
     table = torch.tensor(sorted(values + [0.0] * (_SIZE - len(values))), dtype=torch.float32, device="cpu")

@@ -147,5 +147,24 @@ class _SeveralDevicesError(DeviceError, RuntimeError):
 
 
 def has_avx512bf16() -> bool:
-    """Return False: on no processor do weights have to be repacked for the CPU first."""
-    return False
+    """Return whether the processor has AVX-512 instructions for bf16, where bitsandbytes repacks weights."""
+    test = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return test is not None and bool(test())
+
+
+def _convert_weight_packed_for_cpu(
+    qweight: Tensor,
+    quant_state: QuantState,
+    block_n: int = 32,  # noqa: ARG001
+) -> tuple[Tensor, QuantState]:
+    """Return what is given: weights are multiplied as they are stored, on every processor."""
+    return qweight, quant_state
+
+
+def _convert_weight_packed_for_cpu_inverse(
+    packed_weight: Tensor,
+    quant_state: QuantState,
+    block_n: int = 32,  # noqa: ARG001
+) -> tuple[Tensor, QuantState]:
+    """Return what is given; see :func:`_convert_weight_packed_for_cpu`."""
+    return packed_weight, quant_state
