@@ -149,6 +149,16 @@ def test_cuda_specs_are_torchs():
     assert not cuda_specs.CUDASpecs((7, 0), "130", (13, 0)).has_imma
 
 
+def test_nested_scales_have_the_signed_map_whatever_the_values_have(device):
+    a = torch.rand(64, 1024, device=device)
+    unsigned = F.create_dynamic_map(signed=False).to(device)
+    codes, state = F.quantize_blockwise(a, unsigned, blocksize=64, nested=True)
+    assert torch.equal(state.state2.code.cpu(), F.create_dynamic_map())
+    error = (F.dequantize_blockwise(codes, state) - a).abs().mean()
+    plain = (F.dequantize_blockwise(*F.quantize_blockwise(a, unsigned, blocksize=64)) - a).abs().mean()
+    assert error < plain * 1.05
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_states_of_8_bit_codes_come_back_from_their_dicts(nested, device):
     code = F.create_linear_map().to(device)

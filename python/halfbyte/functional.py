@@ -359,7 +359,7 @@ def quantize_blockwise(
     blocksize
         Elements that share a scale. On CUDA a power of two from 64 to 4096; on the CPU any positive number.
     nested
-        Quantize the scales as well, with the same block size.
+        Quantize the scales as well, with the same block size and the signed dynamic map.
 
     Returns
     -------
@@ -397,7 +397,8 @@ def quantize_blockwise(
     codes, scales = _copied(codes, out), _copied(scales, absmax)
     if not nested:
         return give_back(codes), QuantState(scales, code=code, blocksize=blocksize, dtype=a.dtype)
-    scale_codes, offset, state2 = _compress(scales, code, blocksize)
+    # Scales less their mean have both signs, whatever the map of the values.
+    scale_codes, offset, state2 = _compress(scales, dynamic_map(True, a.device), blocksize)
     state = QuantState(scale_codes, code=code, blocksize=blocksize, dtype=a.dtype, offset=offset, state2=state2)
     return give_back(codes), state
 

@@ -3,14 +3,15 @@
 bitsandbytes calls :func:`register` at the end of its own import, through its entry-point group
 ``bitsandbytes.backends``. It does nothing unless the environment variable ``HALFBYTE_BACKEND`` is set to something
 other than ``0``; then bitsandbytes keeps its modules, functions and files, and its 4-bit and blockwise operations run
-here, on CPU and CUDA. Bytes are the same: on the CPU, 8-bit codes are rounded by way of the levels that bitsandbytes
-uses.
+here, on CPU and CUDA. Bytes are the same, but for values halfway between two 8-bit codes on CUDA: on the CPU, 8-bit
+codes are rounded by way of the levels that bitsandbytes uses.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -36,10 +37,14 @@ def take_over() -> None:
     if _library is not None:
         return
     library: Any = torch.library.Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
-    for name, run in IMPLEMENTATIONS.items():
-        library.impl(name, run, "CUDA", allow_override=True)
-        if not (name.startswith("gemv_4bit") and _repacks()):
-            library.impl(name, _ON_CPU.get(name, run), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"(?s).*[Oo]verriding a previously registered kernel"
+        )  # that is the point
+        for name, run in IMPLEMENTATIONS.items():
+            library.impl(name, run, "CUDA", allow_override=True)
+            if not (name.startswith("gemv_4bit") and _repacks()):
+                library.impl(name, _ON_CPU.get(name, run), "CPU", allow_override=True)
     _library = library
 
 
