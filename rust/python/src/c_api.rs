@@ -61,6 +61,7 @@ fn call(body: impl FnOnce() -> Done) -> c_int {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers pass what they have: text, numbers")]
 fn value(argument: &'static str, expected: &str, got: impl ToString) -> Error {
     Error::Value { argument, expected: expected.into(), got: got.to_string() }
 }
@@ -88,6 +89,12 @@ fn place_of(pointers: &[(&'static str, *const c_void)]) -> Result<Place, Error> 
 #[cfg(feature = "cuda")]
 fn stream(device: i32, handle: *mut c_void) -> halfbyte::device::cuda::Stream {
     halfbyte::device::cuda::Stream { device, handle }
+}
+
+/// The error of device memory in a build without CUDA, which no pointer is taken for.
+#[cfg(not(feature = "cuda"))]
+fn no_cuda(_stream: *mut c_void) -> Error {
+    crate::no_cuda()
 }
 
 /// # Safety
@@ -139,7 +146,7 @@ unsafe fn dequantize_4bit<T: Element>(
             }
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(crate::no_cuda()),
+        Place::Cuda(_) => Err(no_cuda(handle)),
     }
 }
 
@@ -168,7 +175,7 @@ unsafe fn quantize_4bit<T: Element>(
             unsafe { four_bit::cuda::quantize(&stream, (a as u64, T::DTYPE), n, kind, block, packed, absmax) }
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(crate::no_cuda()),
+        Place::Cuda(_) => Err(no_cuda(std::ptr::null_mut())),
     }
 }
 
@@ -197,7 +204,7 @@ unsafe fn dequantize_8bit<T: Element>(
             unsafe { eight_bit::cuda::dequantize(&stream, codes, map, absmax, block, None, target, n) }
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(crate::no_cuda()),
+        Place::Cuda(_) => Err(no_cuda(handle)),
     }
 }
 
@@ -225,7 +232,7 @@ unsafe fn quantize_8bit<T: Element>(
             unsafe { eight_bit::cuda::quantize(&stream, (a as u64, T::DTYPE), n, map, block, None, codes, absmax) }
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(crate::no_cuda()),
+        Place::Cuda(_) => Err(no_cuda(std::ptr::null_mut())),
     }
 }
 
@@ -335,7 +342,7 @@ unsafe fn multiply<T: Element>(
             Ok(())
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => Err(crate::no_cuda()),
+        Place::Cuda(_) => Err(no_cuda(handle)),
     }
 }
 
@@ -352,15 +359,12 @@ unsafe fn kind_of(code: *const c_void, handle: *mut c_void) -> Result<Kind, Erro
         // SAFETY: the caller of the C function vouches for 16 values.
         Place::Cpu => values.copy_from_slice(unsafe { read(code, 16) }),
         #[cfg(feature = "cuda")]
-        // SAFETY: as above.
         Place::Cuda(device) => {
-            unsafe { halfbyte::device::cuda::read(&stream(device, handle), code as u64, &mut values) }?
+            // SAFETY: as above.
+            unsafe { halfbyte::device::cuda::read(&stream(device, handle), code as u64, &mut values) }?;
         }
         #[cfg(not(feature = "cuda"))]
-        Place::Cuda(_) => {
-            let _ = handle;
-            return Err(crate::no_cuda());
-        }
+        Place::Cuda(_) => return Err(no_cuda(handle)),
     }
     let same = |kind: &Kind| kind.values().iter().zip(&values).all(|(a, b)| a == b);
     let expected = "the table of nf4 or fp4";

@@ -55,3 +55,15 @@ pub unsafe fn read(stream: &Stream, source: Pointer, target: &mut [f32]) -> Resu
     // SAFETY: a stream of this context.
     unsafe { sys::cuStreamSynchronize(stream.handle.cast()) }.result().named("cuStreamSynchronize")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_memory_is_of_no_device() {
+        let values = [1f32; 4];
+        assert_eq!(device_of(values.as_ptr() as Pointer).unwrap(), None);
+        assert_eq!(device_of(0).unwrap(), None);
+    }
+}
