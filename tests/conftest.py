@@ -7,6 +7,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import halfbyte
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -27,6 +29,7 @@ def device(request):
 def _fresh_torch():
     """Seed torch, and put back the process-wide settings that tests change."""
     torch.manual_seed(0)
+    halfbyte.nn.Linear4bit._casts_bias = False  # the drop-in's behaviour, whatever imported that
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     yield
     torch.set_default_dtype(dtype)

@@ -12,6 +12,7 @@ import pytest
 import halfbyte
 
 PACKAGE_ROOT = Path(halfbyte.__file__).parents[1]
+IMPORTABLE = PACKAGE_ROOT / "halfbyte" / "_importable"
 
 PROBES = """
 def probes():
@@ -210,3 +211,103 @@ def test_python_dash_m_halfbyte_is_the_command():
         timeout=120,
     )
     assert done.stdout == f"halfbyte {halfbyte.__version__}\n"
+
+
+def test_the_environment_replaces_an_installed_one(real):
+    code = """
+        import halfbyte, bitsandbytes
+        from importlib.metadata import version
+        result = [hasattr(bitsandbytes, "REAL"), version("bitsandbytes")]
+    """
+    assert run(code, path=[real], HALFBYTE_BITSANDBYTES="1") == [False, "0.50.2"]
+    assert run(code, path=[real], HALFBYTE_BITSANDBYTES="1", HALFBYTE_NO_DROPIN="1") == [False, "0.50.2"]
+    assert run(code, path=[real], HALFBYTE_BITSANDBYTES="0") == [True, "0.49.9"]
+
+
+def test_the_environment_does_not_break_an_import_that_comes_too_late(real):
+    result = run(
+        """
+        import warnings, bitsandbytes
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import halfbyte
+        result = [bitsandbytes.REAL, [str(w.message) for w in caught if "HALFBYTE_BITSANDBYTES" in str(w.message)]]
+        """,
+        path=[real],
+        HALFBYTE_BITSANDBYTES="1",
+    )
+    assert result[0] is True
+    assert len(result[1]) == 1
+
+
+@pytest.mark.parametrize("first", ["bitsandbytes", "halfbyte"])
+def test_a_folder_on_the_path_serves_processes_that_know_nothing_of_halfbyte(real, first):
+    result = run(
+        f"""
+        import {first}
+        import bitsandbytes as bnb, halfbyte
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit
+        from halfbyte import _dropin
+        from importlib.metadata import version
+        result = [
+            bnb.nn.Linear4bit is halfbyte.nn.Linear4bit, bnb.__name__, bnb.__spec__.name, bnb.nn.__name__,
+            bnb.__file__, sys.modules["bitsandbytes"] is bnb, version("bitsandbytes"), _dropin.is_active(),
+            sys.meta_path.count(_dropin._finder),
+        ]
+        """,
+        path=[IMPORTABLE, real],
+    )
+    file = str(PACKAGE_ROOT / "halfbyte/bitsandbytes/__init__.py")
+    names = ["bitsandbytes", "bitsandbytes", "bitsandbytes.nn"]
+    assert result == [True, *names, file, True, "0.50.2", True, 1]
+
+
+def test_libraries_find_the_one_in_the_folder():
+    assert run("result = probes()", path=[IMPORTABLE]) == ALL
+    version = "import halfbyte\nfrom halfbyte import _dropin\nresult = _dropin.installed_version()"
+    assert run(version, path=[IMPORTABLE]) is None
+
+
+def test_the_folders_metadata_says_the_version_that_is_served():
+    from halfbyte import _dropin
+
+    (metadata,) = IMPORTABLE.glob("*.dist-info/METADATA")
+    assert metadata.parent.name == f"bitsandbytes-{_dropin.SERVED_VERSION}.dist-info"
+    assert metadata.read_text() == _dropin._Metadata().read_text("METADATA")
+
+
+def test_the_folder_is_what_the_command_prints():
+    def command(*arguments, path=PACKAGE_ROOT):
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HALFBYTE_")}
+        env["PYTHONPATH"] = str(path)
+        return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=env, timeout=300)
+
+    assert command("halfbyte.bitsandbytes", "path").stdout == f"{IMPORTABLE}\n"
+    assert command("halfbyte.bitsandbytes", "somewhere").returncode == 1
+    done = command("bitsandbytes", path=f"{IMPORTABLE}{os.pathsep}{PACKAGE_ROOT}")
+    assert done.returncode == 0, done.stderr
+    assert "bitsandbytes 0.50.2, served by halfbyte" in done.stdout
+    assert done.stdout.endswith("SUCCESS!\n")
+
+
+def test_torch_operations_are_made_by_importing_bitsandbytes_and_not_before():
+    result = run("""
+        import torch, halfbyte
+        import halfbyte.bitsandbytes
+        before = hasattr(torch.ops.bitsandbytes, "quantize_4bit")
+        import bitsandbytes
+        result = [before, hasattr(torch.ops.bitsandbytes, "quantize_4bit")]
+    """)
+    assert result == [False, True]
+
+
+def test_the_bias_takes_on_the_inputs_dtype_as_in_bitsandbytes():
+    code = """
+        import torch, halfbyte
+        {}
+        layer = halfbyte.nn.Linear4bit(64, 8, compute_dtype=torch.float32).to("cpu")
+        layer(torch.randn(2, 64, dtype=torch.half))
+        result = str(layer.bias.dtype)
+    """
+    assert run(code.format("import bitsandbytes")) == "torch.float16"
+    assert run(code.format("")) == "torch.float32"

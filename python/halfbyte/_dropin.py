@@ -30,6 +30,8 @@ SERVED_VERSION = "0.50.2"
 """The version of bitsandbytes whose behaviour and formats are served, and which libraries are told."""
 
 _PACKAGE = Path(__file__).parent / NAME
+IMPORTABLE = Path(__file__).parent / "_importable"
+"""A folder with a package named bitsandbytes that hands over to ours, and its metadata: for ``PYTHONPATH``."""
 
 # Answers about availability that libraries keep for the life of the process. Asked before halfbyte came, they say no.
 _CACHED_PROBES = {
@@ -133,19 +135,24 @@ def install() -> bool:
     """Make ``bitsandbytes`` importable if it is not.
 
     Called by ``import halfbyte``. Does nothing when a real bitsandbytes is installed, or when the environment variable
-    ``HALFBYTE_NO_DROPIN`` is set to anything but ``0``. May be called any number of times.
+    ``HALFBYTE_NO_DROPIN`` is set to anything but ``0``. With ``HALFBYTE_BITSANDBYTES`` set, an installed one is
+    replaced. May be called any number of times.
 
     Returns
     -------
     bool
         Whether halfbyte serves ``bitsandbytes`` in this process.
     """
-    if os.environ.get("HALFBYTE_NO_DROPIN", "0") not in ("", "0"):
+    if _is_set("HALFBYTE_BITSANDBYTES"):
+        return _replace_if_not_too_late()
+    if _is_set("HALFBYTE_NO_DROPIN"):
         return is_active()
     if _finder in sys.meta_path or NAME in sys.modules:
         return is_active()
     real = importlib.util.find_spec(NAME)
-    if real is None:
+    if real is not None and real.origin == str(IMPORTABLE / NAME / "__init__.py"):
+        sys.meta_path.insert(0, _finder)
+    elif real is None:
         sys.meta_path.append(_finder)
     elif real.origin is None and (real.loader is None or type(real.loader).__name__ == "NamespaceLoader"):
         # A folder that happens to be called bitsandbytes (a clone of its repository beside the script) is no package,
@@ -155,6 +162,26 @@ def install() -> bool:
         return False
     _tell_libraries()
     return True
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _replace_if_not_too_late() -> bool:
+    try:
+        replace_bitsandbytes()
+    except HalfbyteError as error:  # a variable of the environment is no reason for an import to fail
+        warnings.warn(f"HALFBYTE_BITSANDBYTES: {error}", stacklevel=2)
+    return is_active()
+
+
+def hand_over(stand_in: ModuleType) -> None:
+    """Put the drop-in in the place of `stand_in`, the package in :data:`IMPORTABLE`, while that is being imported."""
+    assert stand_in.__name__ == NAME
+    del sys.modules[NAME]
+    replace_bitsandbytes()
+    importlib.import_module(NAME)
 
 
 def replace_bitsandbytes() -> None:
@@ -183,7 +210,8 @@ def replace_bitsandbytes() -> None:
 def installed_version() -> str | None:
     """Version of the real bitsandbytes installed here, imported or not; None if there is none."""
     found = importlib.metadata.distributions(name=NAME)
-    return next((real.version for real in found if not isinstance(real, _Metadata)), None)
+    real = (one for one in found if not isinstance(one, _Metadata) and Path(str(one.locate_file(""))) != IMPORTABLE)
+    return next((one.version for one in real), None)
 
 
 def _is_ours(module: ModuleType) -> bool:

@@ -154,6 +154,11 @@ def eager_linear_int8(layer: Any, x: Any, forward: Any | None = None) -> Any | N
 
     With the class's `forward`, it is the call of the layer that is asked for, and hooks make it another case.
     """
+def take_c_error() -> None:
+    """Raise the error of this thread's last call of a C symbol, if nobody has taken it."""
+
+def remember_code(address: int, quant_type: str) -> None:
+    """Say that the table of a 4-bit type is at `address`, in device memory and for good."""
 
 def code_values(quant_type: str) -> list[float]: ...
 def dynamic_map(signed: bool) -> list[float]: ...

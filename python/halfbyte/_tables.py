@@ -76,6 +76,8 @@ def _shared(name: str, values: tuple[float, ...], device: torch.device | str | N
         # An inference tensor in the cache could never be saved for a backward pass.
         with torch.inference_mode(False):
             table = torch.tensor(values, dtype=torch.float32, device=where)
+        if where.type == "cuda" and name in QUANT_TYPES:
+            _native.remember_code(table.data_ptr(), name)  # C callers say the type by this address
         _cache[name, where] = table
     return table
 

@@ -26,6 +26,7 @@ from halfbyte._int8 import (
     int8_vectorwise_quant,
 )
 from halfbyte._interop import giver_back, to_torch
+from halfbyte._maps import create_fp8_map, create_linear_map, create_normal_map
 from halfbyte._matmul import matmul_4bit, statistics
 from halfbyte._optimizer_update import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from halfbyte._tables import FLOAT_DTYPES, NESTED_BLOCKSIZE, STORAGE_DTYPES, code_4bit, dynamic_map, dynamic_values
@@ -35,6 +36,9 @@ from halfbyte.quant_state import QuantState
 __all__ = [
     "QuantState",
     "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_fp4",
@@ -374,7 +378,7 @@ def quantize_blockwise(
     blocksize
         Elements that share a scale. On CUDA a power of two from 64 to 4096; on the CPU any positive number.
     nested
-        Quantize the scales as well, with the same block size.
+        Quantize the scales as well, with the same block size and the signed dynamic map.
 
     Returns
     -------
@@ -412,7 +416,8 @@ def quantize_blockwise(
     codes, scales = _copied(codes, out), _copied(scales, absmax)
     if not nested:
         return give_back(codes), QuantState(scales, code=code, blocksize=blocksize, dtype=a.dtype)
-    scale_codes, offset, state2 = _compress(scales, code, blocksize)
+    # Scales less their mean have both signs, whatever the map of the values.
+    scale_codes, offset, state2 = _compress(scales, dynamic_map(True, a.device), blocksize)
     state = QuantState(scale_codes, code=code, blocksize=blocksize, dtype=a.dtype, offset=offset, state2=state2)
     return give_back(codes), state
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS = tuple(_DTYPES.values())
 _BLOB_MAX = 4096
 """Bytes of JSON that a state may have. bitsandbytes writes about 170."""
 _NUMEL_MAX = 2**62
@@ -339,10 +340,16 @@ class _Reader:
         except OverflowError as error:
             raise self.fail(name, "a number in the range of fp32", "an integer beyond it") from error
 
-    def tensor(self, name: str, numel: int, dtypes: Sequence[torch.dtype], device: torch.device) -> Tensor:
-        expected = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} [{numel}]"
+    def positive(self, name: str) -> int:
+        value = self.get(name, "a positive integer")
+        if type(value) is not int or not 0 < value < 2**31:
+            raise self.fail(name, "a positive integer", value)
+        return value
+
+    def tensor(self, name: str, numel: int | None, dtypes: Sequence[torch.dtype], device: torch.device) -> Tensor:
+        expected = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} [{'n' if numel is None else numel}]"
         value = self.get(name, expected)
-        if not isinstance(value, Tensor) or value.dtype not in dtypes or value.numel() != numel:
+        if not isinstance(value, Tensor) or value.dtype not in dtypes or numel not in (None, value.numel()):
             raise self.fail(name, expected, _describe(value))
         if value.layout != torch.strided:
             raise self.fail(name, expected, f"layout {value.layout}")
@@ -364,7 +371,8 @@ class _Reader:
 
     def state(self, cls: type[QuantState], device: torch.device | str | int) -> QuantState:
         where = torch.device(device)
-        floats = (torch.float32, torch.float16, torch.bfloat16)
+        if self.entries.get("quant_type", "") is None:
+            return self.blockwise_state(cls, where)
         quant_type = self.choice("quant_type", QUANT_TYPES)
         blocksize = self.choice("blocksize", BLOCK_SIZES)
         dtype = _DTYPES[self.choice("dtype", tuple(_DTYPES))]
@@ -373,11 +381,11 @@ class _Reader:
         code = self.table("quant_map", code_4bit(quant_type, where), where)
         nested = [name for name in self.entries if name.startswith("nested_")]
         if not nested:
-            absmax = self.tensor("absmax", blocks, floats, where)
+            absmax = self.tensor("absmax", blocks, _FLOATS, where)
             return cls(absmax, shape, code, blocksize, quant_type, dtype)
         nested_blocksize = self.choice("nested_blocksize", BLOCK_SIZES)
         state2 = cls(
-            absmax=self.tensor("nested_absmax", -(-blocks // nested_blocksize), floats, where),
+            absmax=self.tensor("nested_absmax", -(-blocks // nested_blocksize), _FLOATS, where),
             code=self.table("nested_quant_map", dynamic_map(True, where), where),
             blocksize=nested_blocksize,
             dtype=_DTYPES[self.choice("nested_dtype", tuple(_DTYPES))],
@@ -385,6 +393,25 @@ class _Reader:
         absmax = self.tensor("absmax", blocks, (torch.uint8,), where)
         offset = torch.tensor(self.number("nested_offset"), dtype=torch.float32, device=where)
         return cls(absmax, shape, code, blocksize, quant_type, dtype, offset, state2)
+
+    def blockwise_state(self, cls: type[QuantState], where: torch.device) -> QuantState:
+        """Return the state of blockwise 8-bit codes, which has a table of its own and is never packed."""
+        shape = None if self.entries.get("shape") is None else self.integers("shape")
+        dtype = _DTYPES[self.choice("dtype", tuple(_DTYPES))]
+        code, blocksize = self.tensor("quant_map", 256, _FLOATS, where), self.positive("blocksize")
+        if not any(name.startswith("nested_") for name in self.entries):
+            absmax = self.tensor("absmax", None, _FLOATS, where)
+            return cls(absmax, shape, code, blocksize, None, dtype)
+        absmax = self.tensor("absmax", None, (torch.uint8,), where)
+        nested_blocksize = self.positive("nested_blocksize")
+        state2 = cls(
+            absmax=self.tensor("nested_absmax", -(-absmax.numel() // nested_blocksize), _FLOATS, where),
+            code=self.tensor("nested_quant_map", 256, _FLOATS, where),
+            blocksize=nested_blocksize,
+            dtype=_DTYPES[self.choice("nested_dtype", tuple(_DTYPES))],
+        )
+        offset = torch.tensor(self.number("nested_offset"), dtype=torch.float32, device=where)
+        return cls(absmax, shape, code, blocksize, None, dtype, offset, state2)
 
 
 def _describe(value: object) -> str:

@@ -1,18 +1,22 @@
 """bitsandbytes as halfbyte serves it: the names of bitsandbytes, the classes and functions of halfbyte.
 
-This package is what ``import bitsandbytes`` finds when halfbyte serves it (see :mod:`halfbyte._dropin`); it is loaded
-under that name and holds re-exports only, so ``isinstance(x, bitsandbytes.nn.Linear4bit)`` and
-``isinstance(x, halfbyte.nn.Linear4bit)`` are one question. Served today: everything 4-bit and LLM.int8() that
-transformers, peft and accelerate use. Asking for anything else raises an AttributeError that says so.
+This package is what ``import bitsandbytes`` finds when halfbyte serves it (see :mod:`halfbyte._dropin`). It is loaded
+under that name, and holds re-exports and the few helpers that mean nothing outside bitsandbytes, so
+``isinstance(x, bitsandbytes.nn.Linear4bit)`` and ``isinstance(x, halfbyte.nn.Linear4bit)`` are one question. A name
+that halfbyte does not have is an AttributeError that says so.
+
+``python -m halfbyte.bitsandbytes path`` prints a folder that makes it importable for other processes, through
+``PYTHONPATH``; ``python -m bitsandbytes`` prints what is there to run on.
 """
 
-from typing import Any
-
-from halfbyte import MatmulLtState, matmul, matmul_4bit
 from halfbyte._dropin import SERVED_VERSION as __version__
 
-from . import functional, nn
+from . import _ops as _ops
+from . import autograd, cextension, consts, cuda_specs, functional, nn, optim, utils
+from ._late import attributes
+from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
+from .optim import adam
 
 features = {"multi_backend"}
 """Read by transformers and accelerate: with this, training on the CPU is allowed."""
@@ -22,20 +26,20 @@ supported_torch_devices = {"cpu", "cuda"}
 __all__ = [
     "MatmulLtState",
     "__version__",
+    "adam",
+    "autograd",
+    "cextension",
+    "consts",
+    "cuda_specs",
     "features",
     "functional",
     "matmul",
     "matmul_4bit",
     "modules",
     "nn",
+    "optim",
     "supported_torch_devices",
+    "utils",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    from halfbyte import __version__ as version
-
-    raise AttributeError(
-        f"bitsandbytes is served by halfbyte {version} here, which has no bitsandbytes.{name}",
-        name=name,
-    )
+__getattr__ = attributes("bitsandbytes", frozenset())

@@ -1,5 +1,7 @@
 """Layers with quantized weights, under bitsandbytes' names and constructors."""
 
+from halfbyte.nn import parametrize
+from halfbyte.nn.embedding import Embedding, Embedding4bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding
 from halfbyte.nn.embedding8bit import Embedding8bit
 from halfbyte.nn.experts4bit import Experts4bit, StackedLinear4bit
 from halfbyte.nn.int8_params import Int8Params
@@ -8,7 +10,11 @@ from halfbyte.nn.linear8bit import Linear8bitLt
 from halfbyte.nn.params import Params4bit
 
 __all__ = [
+    "Embedding",
+    "Embedding4bit",
     "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
     "Experts4bit",
     "Int8Params",
     "Linear4bit",
@@ -16,6 +22,8 @@ __all__ = [
     "LinearFP4",
     "LinearNF4",
     "Params4bit",
+    "StableEmbedding",
     "StackedLinear4bit",
     "fix_4bit_weight_quant_state_from_module",
+    "parametrize",
 ]

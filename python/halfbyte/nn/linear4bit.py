@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from math import sqrt
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,13 +12,9 @@ from torch import Tensor
 from halfbyte import _native
 from halfbyte._matmul import autocast_dtype, matmul_4bit, matmul_as_is
 from halfbyte.errors import ArgumentError
-from halfbyte.nn import sharded
 from halfbyte.nn._initial import Undrawn, can_wait
-from halfbyte.nn.params import Params4bit, check_packed, take_packed
-from halfbyte.quant_state import QuantState
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from halfbyte.nn._packed import PackedWeight
+from halfbyte.nn.params import Params4bit
 
 logger = logging.getLogger("halfbyte.nn")
 
@@ -27,7 +23,7 @@ _compiling = torch.compiler.is_dynamo_compiling
 _eager = _native.eager_linear_4bit
 
 
-class Linear4bit(torch.nn.Linear):
+class Linear4bit(PackedWeight, torch.nn.Linear):
     """``nn.Linear`` whose weight is quantized to 4 bits when it first moves to a device.
 
     Parameters
@@ -63,8 +59,9 @@ class Linear4bit(torch.nn.Linear):
     """
 
     weight: Params4bit
-    quant_state: QuantState | None
     compute_dtype: torch.dtype | None
+    # As in bitsandbytes, the bias takes on the dtype of the input, for good. Set where that name is served.
+    _casts_bias = False
     # Its place among the layers that fuse_linears has found to share its input.
     _siblings: Any = None
 
@@ -193,6 +190,8 @@ class Linear4bit(torch.nn.Linear):
         if state is None:
             state = self._state_of_module()
         input_dtype = x.dtype
+        if self._casts_bias and bias is not None and bias.dtype is not input_dtype and not _compiling():
+            bias.data = bias.data.to(input_dtype)
         compute_dtype = self.compute_dtype
         autocast = autocast_dtype(x)
         if autocast is not None and (compute_dtype is None or compute_dtype is self._inferred_dtype):
@@ -211,122 +210,8 @@ class Linear4bit(torch.nn.Linear):
         out = cast("Tensor", multiply(x, weight, state, None, bias))
         return out if out.dtype is input_dtype else out.to(input_dtype)
 
-    def _state_of_module(self) -> QuantState:
-        """Return the module's own state, for a weight that lost its one: FSDP puts plain tensors in its place."""
-        state = self.quant_state
-        weight = self.weight
-        if state is None or weight.dim() != 2 or weight.shape[1] != 1:
-            raise ArgumentError(
-                "Linear4bit.weight: not quantized yet; move the layer to a device first, "
-                f'layer.to("{"cpu" if weight.is_meta else weight.device}"), or load a quantized checkpoint'
-            )
-        return state
-
-    # ---- moving
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
-        weight = self._parameters.get("weight")
-        if not isinstance(weight, Params4bit):
-            return cast("Linear4bit", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        # nn.Module would wrap what comes back in a plain Parameter where it cannot put it into the old one (meta).
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                applied = fn(weight)
-        finally:
-            self._parameters["weight"] = weight
-        if applied is weight:
-            return self
-        if not isinstance(applied, Params4bit):
-            applied = weight.like(applied)
-        if torch.__future__.get_swap_module_params_on_conversion():
-            torch.utils.swap_tensors(weight, applied)  # type: ignore[no-untyped-call]
-        elif torch._has_compatible_shallow_copy_type(weight, applied):
-            weight.data = applied
-        else:
-            self._parameters["weight"] = applied
-        self.quant_state = self.weight.quant_state
-        return self
-
-    # ---- state dicts
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if sharded.shard_of(self.weight) is not None:
-            destination.update({f"{prefix}weight{key}": value for key, value in sharded.entries(self.weight).items()})
-            return
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
-        if state is not None:
-            for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "weight"
-        entries = {k: v for k, v in state_dict.items() if k.startswith(key + ".")}
-        data = state_dict.get(key)
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        quantized = isinstance(self.weight, Params4bit) and self.weight.bnb_quantized
-        dense = isinstance(data, Tensor) and data.is_floating_point() and data.shape == self._dense_shape()
-        if isinstance(data, Tensor) and entries and sharded.shard_of(self.weight) is not None:
-            sharded.load(self.weight, data, entries, key)
-        elif isinstance(data, Tensor) and entries:
-            self._load_packed(data, entries, key, assign, error_msgs)
-        elif isinstance(data, Tensor) and dense and quantized:
-            self._load_dense(data)
-        else:
-            if quantized and data is not None and strict:
-                missing_keys.append(f"{key}.quant_state.bitsandbytes__{self.weight.quant_type}")
-            template = self.weight
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            if isinstance(template, Params4bit) and not isinstance(self.weight, Params4bit):  # assigned
-                self.weight = template.like(self.weight.data)
-            return
-        rest = {k: v for k, v in state_dict.items() if k != key and k not in entries}
-        missing: list[str] = []
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys += [k for k in missing if k != key]
-
     def _dense_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
-
-    def _load_packed(
-        self, data: Tensor, entries: dict[str, Any], key: str, assign: bool, error_msgs: list[str]
-    ) -> None:
-        old = self.weight
-        device = data.device if assign or old.is_meta else old.device
-        state = QuantState.from_dict(entries, device)
-        check_packed(data, state, key)
-        if tuple(state.shape or ()) != self._dense_shape():
-            error_msgs.append(
-                f"size mismatch for {key}: copying a quantized weight of {list(state.shape or ())} from checkpoint, "
-                f"the shape in current model is {list(self._dense_shape())}."
-            )
-            return
-        packed = take_packed(data, state, device, assign)
-        if isinstance(old, Params4bit) and not old.is_meta and not assign:
-            old.adopt(packed, state)
-        else:
-            self.weight = Params4bit(packed, module=self)
-            self.weight.adopt(packed, state)
-        self.quant_state = state
-        self.quant_storage = packed.dtype
-
-    def _load_dense(self, data: Tensor) -> None:
-        template = self.weight
-        fresh = template.like(data.detach(), bnb_quantized=False, quant_state=None)
-        template.data = fresh.to(template.device)
 
 
 _forward = Linear4bit.forward

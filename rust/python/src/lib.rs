@@ -1,5 +1,6 @@
 //! `halfbyte._native`: tensors in through `DLPack`, one call into the core, errors out as `halfbyte.errors`.
 
+mod c_api;
 mod checkpoint;
 mod dlpack;
 mod eager;
@@ -20,6 +21,8 @@ use pyo3::prelude::*;
 
 #[pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use super::c_api::{remember_code, take_c_error};
     #[pymodule_export]
     use super::checkpoint::{Conversion, inspect_checkpoint};
     #[pymodule_export]

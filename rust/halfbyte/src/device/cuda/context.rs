@@ -37,7 +37,7 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 /// Initializes the driver once; the count of devices, or why there are none.
-fn count() -> Result<c_int> {
+pub(super) fn count() -> Result<c_int> {
     static COUNT: OnceLock<Result<c_int>> = OnceLock::new();
     COUNT
         .get_or_init(|| {

@@ -1,0 +1,1 @@
+"""``bitsandbytes.diagnostics``: what there is to run on, as text."""
