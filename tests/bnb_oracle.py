@@ -75,7 +75,42 @@ def quantize_blockwise(tensors: Tensors, blocksize: int, signed: bool) -> Tensor
     return {"codes": codes, "absmax": state.absmax, "code": code, "decoded": decoded}
 
 
-OPERATIONS = {op.__name__: op for op in (quantize, linear, load, quantize_blockwise)}
+def int8_rows(tensors: Tensors, threshold: float) -> Tensors:
+    """Quantize the fp16 rows of ``input``: ``codes``, ``stats``, outlier ``columns`` and ``decoded`` values."""
+    from bitsandbytes import functional
+
+    codes, stats, columns = functional.int8_vectorwise_quant(tensors["input"], threshold)
+    answer = {"codes": codes, "stats": stats, "decoded": functional.int8_vectorwise_dequant(codes, stats)}
+    return answer if columns is None else {**answer, "columns": columns}
+
+
+def linear8bit(tensors: Tensors, threshold: float, training: bool) -> Tensors:
+    """Make a Linear8bitLt of ``input`` and ``bias``: its ``state.*`` dict and its ``output`` for ``x``."""
+    import bitsandbytes as bnb
+
+    weight = tensors["input"]
+    layer = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], True, False, threshold)
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False)
+    layer.bias = torch.nn.Parameter(tensors["bias"])
+    layer = layer.to("cpu").train(training)
+    entries = {f"state.{key}": value for key, value in layer.state_dict().items()}
+    with torch.no_grad():
+        return {**entries, "output": layer(tensors["x"])}
+
+
+def load8bit(tensors: Tensors, threshold: float) -> Tensors:
+    """Load ``state.*`` into a Linear8bitLt: its ``output`` for ``x``."""
+    import bitsandbytes as bnb
+
+    entries = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    n, k = entries["weight"].shape
+    layer = bnb.nn.Linear8bitLt(k, n, True, False, threshold).to("cpu").eval()
+    layer.load_state_dict(entries)
+    with torch.no_grad():
+        return {"output": layer(tensors["x"])}
+
+
+OPERATIONS = {op.__name__: op for op in (quantize, linear, load, quantize_blockwise, int8_rows, linear8bit, load8bit)}
 
 
 def main(requests_path: str, answers_path: str) -> None:

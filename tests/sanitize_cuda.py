@@ -40,7 +40,10 @@ def main() -> None:
             odd = torch.empty(-(-n // 100), device="cuda")
             _native.quantize_blockwise(a, code, bytes_, odd, 100)
             _native.quantize_blockwise(a, torch.linspace(-1, 1, 256).cuda() ** 5, bytes_, absmax, block)
-        for m, n, k in ((1, 33, 320), (8, 300, 1024), (9, 17, 64), (16, 4000, 192), (3, 20, 77)):
+        shapes = [(1, 33, 320), (8, 300, 1024), (9, 17, 64), (16, 4000, 192), (3, 20, 77)]
+        if dtype != torch.float32:
+            shapes += [(20, 300, 1088), (40, 130, 2048), (100, 40, 320)]
+        for m, n, k in shapes:
             block = 64
             w = torch.randn(n * k).cuda()
             packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="cuda")
@@ -56,6 +59,8 @@ def main() -> None:
             _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
             y.cpu()
         experts(dtype, code)
+        int8(dtype)
+        optimizers(dtype)
     torch.cuda.synchronize()
 
 
@@ -89,6 +94,80 @@ def experts(dtype: torch.dtype, code: torch.Tensor) -> None:
         pieces = [(*first, out, added, None, None, None, 256) for out, added in zip(outs, (None, bias[0]), strict=True)]
         _native.matmul_4bit_group(x[:3], pieces, "nf4", 64)
         out.cpu(), outs.cpu(), order.cpu(), inverse.cpu()
+
+
+def int8(dtype: torch.dtype) -> None:
+    """LLM.int8: rows, columns, products by each kernel and whole layers, with no, some and only outlier columns."""
+    shapes = ((1, 40, 256), (9, 333, 1040), (20, 48, 528), (70, 130, 144), (130, 300, 272), (300, 70, 128), (3, 7, 99))
+    for m, n, k in shapes:
+        x, w = torch.randn(m, k), torch.randint(-127, 128, (n, k), dtype=torch.int8).cuda()
+        x[0, k // 2] = 30.0
+        column_stats, bias = torch.rand(n).cuda(), torch.randn(n).to(dtype).cuda()
+        q, out = torch.empty(m, k, dtype=torch.int8, device="cuda"), torch.empty(m, n, dtype=dtype, device="cuda")
+        stats, sums = torch.empty(m, device="cuda"), torch.empty(m, n, dtype=torch.int32, device="cuda")
+        outliers = torch.empty(-(-k // 32), dtype=torch.int32, device="cuda")
+        columns = torch.empty(k, dtype=torch.int64, device="cuda")
+        count = torch.empty(1, dtype=torch.int32, device="cuda")
+        for scale in (1.0, 1000.0):
+            a = (x * scale).to(dtype).cuda()
+            _native.int8_quantize_rows(a, q, stats, 6.0, outliers)
+            _native.int8_outlier_columns(outliers, columns, count)
+            _native.int8_outlier_bitmap(columns[: int(count)], outliers, k)
+            _native.int8_matmul(q, stats, w, column_stats, out, bias, a, outliers)
+            _native.int8_zero_columns(q, outliers)
+            for threshold in (0.0, 6.0):
+                size = _native.int8_linear_workspace(a, n, threshold)
+                workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+                _native.int8_linear(a, w, column_stats, out, workspace, bias, threshold)
+        _native.int8_quantize_rows(a, q, stats)
+        _native.int8_matmul(q, stats, w, column_stats, out)
+        _native.int8_matmul_int32(q, w, sums)
+        _native.int8_mm_dequant(sums, stats, column_stats, out, bias)
+        back, by_column = torch.empty(m, k, dtype=dtype, device="cuda"), torch.empty(k, device="cuda")
+        _native.int8_dequantize_rows(q, stats, back)
+        _native.int8_column_stats(a, by_column, 6.0)
+        _native.int8_quantize_columns(a, by_column, q, 6.0)
+        out.cpu(), back.cpu(), q.cpu()
+
+
+def optimizer_state(rule: str, n: int, bits: int) -> dict[str, object]:
+    """States of zeros of a parameter of `n` elements."""
+    halves = {"adam": ((1, n), (1, n)), "lamb": ((1, n), (1, n)), "ademamix": ((2, n), (1, n))}.get(rule, ((1, n),))
+    state: dict[str, object] = {"step": 0}
+    for number, (rows, length) in enumerate(halves, 1):
+        kind = torch.uint8 if bits == 8 else torch.float32
+        state[f"state{number}"] = torch.zeros(rows, length, dtype=kind, device="cuda")
+        state[f"absmax{number}"] = torch.zeros(rows, -(-length // 256), device="cuda")
+    if rule in ("lars", "lamb"):
+        state["unorm_vec"] = torch.zeros(1, device="cuda")
+    return state
+
+
+def optimizers(dtype: torch.dtype) -> None:
+    """Every rule over ragged, misaligned and mixed groups; extras, sums, step counts on the device."""
+    rules = ("adam", "ademamix", "lion", "momentum", "lars", "lamb", "rmsprop", "adagrad")
+    total = torch.zeros(1, device="cuda")
+    for rule in rules:
+        for extra in ("none", "master", "compensation", "chance", "device"):
+            sizes, states = [1, 300, 256 * 40, 5003, 777], []
+            params = [torch.randn(n, device="cuda").to(dtype) for n in sizes[:-1]]
+            params.append(torch.randn(sizes[-1] + 1, device="cuda").to(dtype)[1:])
+            for number, param in enumerate(params):
+                state = optimizer_state(rule, param.numel(), 8 if number % 2 else 32)
+                if extra == "master":
+                    state["master"] = param.float()
+                if extra == "compensation":
+                    state["compensation"] = torch.zeros_like(param)
+                states.append(state)
+            plan = _native.OptimPlan(rule, params, states, extra == "device")
+            grads = [torch.randn_like(param) for param in params]
+            grads[3] = grads[3].float()
+            for step in range(2):
+                given = [None if step and number == 1 else grad for number, grad in enumerate(grads)]
+                chance = {"stochastic": extra == "chance", "seed": 7}
+                plan.step(1e-3, weight_decay=0.1, max_unorm=0.1, beta3=0.9, alpha=1.0, grads=given, **chance)
+            _native.optim_grad_norm([plan, plan], total, [grads, grads])
+            total.item()
 
 
 if __name__ == "__main__":

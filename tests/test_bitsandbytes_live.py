@@ -253,3 +253,107 @@ def test_equal_eight_bit_bytes(oracle):
         state = hb.QuantState(absmax, code=code, blocksize=request["blocksize"], dtype=values.dtype)
         decoded = hb.functional.dequantize_blockwise(codes, state)
         assert torch.equal(decoded, answer["decoded"]), context
+
+
+# ---- LLM.int8()
+
+
+def eight_bit_rows(rng: torch.Generator) -> torch.Tensor:
+    """fp16 rows, in some runs with zeros, numbers as large and as small as fp16 has, infinities and NaN."""
+    rows, k = 1 + below(20, rng), 1 + below(300, rng)
+    x = random_weights((rows, k), torch.float16, rng)
+    for special in (0.0, 65504.0, 6e-8, float("inf"), float("nan")):
+        if below(4, rng) == 0:
+            x[below(rows, rng), below(k, rng)] = special
+    if below(3, rng) == 0:
+        x[below(rows, rng)] = 0
+    return x
+
+
+def test_int8_rows_are_equal_to_the_byte(oracle):
+    rng = generator(80)
+    inputs = [(eight_bit_rows(rng), (0.0, 0.02, 3.0, 6.0)[below(4, rng)]) for _ in range(300)]
+    answers = oracle([({"op": "int8_rows", "threshold": threshold}, {"input": x}) for x, threshold in inputs])
+    for (x, threshold), theirs in zip(inputs, answers, strict=True):
+        codes, stats, columns = hb.functional.int8_vectorwise_quant(x, threshold)
+        context = f"seed {SEED}, {list(x.shape)}, threshold {threshold}"
+        assert torch.equal(codes, theirs["codes"]), context
+        assert torch.equal(stats.nan_to_num(-1), theirs["stats"].nan_to_num(-1)), context
+        decoded = hb.functional.int8_vectorwise_dequant(codes, stats)
+        assert torch.equal(decoded.nan_to_num(-1, -2, -3), theirs["decoded"].nan_to_num(-1, -2, -3)), context
+        if threshold:
+            assert torch.equal(columns, theirs["columns"]), context
+
+
+def exact_layer(
+    x: torch.Tensor, entries: dict[str, torch.Tensor], bias: torch.Tensor, threshold: float, training: bool
+) -> torch.Tensor:
+    """The layer in fp64, on fp16 rows' codes (which both libraries make) or, in training, on `x` itself."""
+    weight = entries["weight"].double() * entries["SCB"].double()[:, None] / 127
+    left = x.double()
+    if not training:
+        codes, stats, columns = hb.functional.int8_vectorwise_quant(x, threshold)
+        left = codes.double() * stats.double()[:, None] / 127
+        if columns is not None:
+            left[:, columns] = x.double()[:, columns]
+    return left @ weight.t() + bias.double()
+
+
+def test_int8_layers_have_its_bytes_and_are_at_least_as_close_to_fp64(oracle):
+    rng = generator(81)
+    cases = []
+    for i in range(36):
+        dtype = DTYPES[i % 3]
+        share = (0.0, 0.01, 0.07, 1.0)[i // 3 % 4]
+        training = i >= 24
+        n, k, rows = 33 + below(60, rng), 100 + below(200, rng), 20 + below(20, rng)
+        weight, bias = torch.randn(n, k, generator=rng), torch.randn(n, generator=rng).to(dtype)
+        x = torch.randn(rows, k, generator=rng)
+        outliers = torch.randperm(k, generator=rng)[: round(share * k)]
+        x[:, outliers] = x[:, outliers].sign() * (7 + x[:, outliers].abs())
+        threshold = (6.0, 0.0)[i % 2]
+        cases.append((weight, bias, x.to(dtype), threshold, training))
+    requests = [
+        ({"op": "linear8bit", "threshold": threshold, "training": training}, {"input": weight, "bias": bias, "x": x})
+        for weight, bias, x, threshold, training in cases
+    ]
+    ours_off, theirs_off = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for i, ((weight, bias, x, threshold, training), theirs) in enumerate(zip(cases, oracle(requests), strict=True)):
+        layer = hb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], True, False, threshold)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        layer = layer.to("cpu").train(training)
+        layer.bias.data = bias
+        entries = layer.state_dict()
+        context = f"seed {SEED}, case {i}"
+        assert {f"state.{key}" for key in entries} == {key for key in theirs if key.startswith("state.")}, context
+        for key in ("weight", "SCB", "weight_format"):
+            assert same_bits(entries[key], theirs[f"state.{key}"]), context
+        with torch.no_grad():
+            ours = layer(x)
+        want = exact_layer(x, entries, bias, threshold, training)
+        off = [(out.double() - want).norm() / want.norm() for out in (ours, theirs["output"])]
+        assert off[0] <= off[1] * 1.02 + 1e-7, f"{context}: {off}"
+        ours_off[i % 3] += off[0]
+        theirs_off[i % 3] += off[1]
+    assert (ours_off <= theirs_off).all(), (ours_off, theirs_off)
+
+
+def test_int8_checkpoints_load_there_and_theirs_here(oracle):
+    rng = generator(82)
+    layer = hb.nn.Linear8bitLt(64, 48, True, False, 6.0).to("cpu").eval()
+    x = torch.randn(7, 64, generator=rng).half()
+    x[:, 3] *= 30
+    with torch.no_grad():
+        ours = layer(x)
+    entries = {f"state.{key}": value for key, value in layer.state_dict().items()}
+    weight, bias = torch.randn(48, 64, generator=rng), torch.randn(48, generator=rng).half()
+    there, made = oracle(
+        [
+            ({"op": "load8bit", "threshold": 6.0}, {**entries, "x": x}),
+            ({"op": "linear8bit", "threshold": 6.0, "training": False}, {"input": weight, "bias": bias, "x": x}),
+        ]
+    )
+    torch.testing.assert_close(there["output"], ours, rtol=2e-3, atol=1e-2)
+    layer.load_state_dict({k.removeprefix("state."): v for k, v in made.items() if k.startswith("state.")})
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), made["output"], rtol=2e-3, atol=1e-2)

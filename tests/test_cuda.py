@@ -297,7 +297,7 @@ def test_captured_in_a_graph():
         assert torch.equal(replayed, out)
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 16, 48, 128])
 def test_kernels_that_overlap_see_what_came_before(rows):
     """A product may start while the kernel before it ends; it must not miss fresh weights or activations."""
     size, rounds = 1024, 24

@@ -107,7 +107,7 @@ def test_importing_halfbyte_after_the_libraries_concluded_that_it_is_absent():
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
         result = [before, lazy, after, same, AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__]
     """)
-    assert result == [[NONE, False, None], False, ALL, True, "halfbyte.integrations.transformers"]
+    assert result == [[NONE, False, None], False, ALL, True, "halfbyte.integrations.transformers.quantizer"]
 
 
 def test_an_installed_bitsandbytes_is_left_alone(real):
@@ -188,7 +188,7 @@ def test_names_that_are_not_served_say_so_when_used_and_not_before():
     result = run("""
         import halfbyte, bitsandbytes as bnb, torch
         messages = []
-        for use in (lambda: bnb.nn.Linear8bitLt(4, 4), lambda: bnb.nn.Int8Params(torch.zeros(2)), lambda: bnb.optim):
+        for use in (lambda: bnb.optim, lambda: bnb.research):
             try:
                 use()
             except (halfbyte.errors.HalfbyteError, AttributeError) as error:
@@ -196,24 +196,9 @@ def test_names_that_are_not_served_say_so_when_used_and_not_before():
         layer = bnb.nn.Linear4bit(64, 64)
         result = [messages, isinstance(layer, bnb.nn.Linear8bitLt), isinstance(layer.weight, bnb.nn.Int8Params)]
     """)
-    assert len(result[0]) == 3
+    assert len(result[0]) == 2
     assert all("served by halfbyte" in message for message in result[0])
     assert result[1:] == [False, False]
-
-
-def test_load_in_8bit_is_one_clear_error():
-    message = run(
-        """
-        import halfbyte
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-        model = AutoModelForCausalLM.from_pretrained(
-            "tests/models/pycode-llama-7m", quantization_config=BitsAndBytesConfig(load_in_8bit=True)
-        )
-        """,
-        cwd=Path(__file__).parents[1],
-        fails=True,
-    )
-    assert "HalfbyteError: Linear8bitLt: bitsandbytes is served by halfbyte here" in message
 
 
 def test_python_dash_m_halfbyte_is_the_command():

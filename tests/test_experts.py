@@ -14,7 +14,7 @@ from halfbyte import functional as F
 from halfbyte import matmul_4bit_experts
 from halfbyte.errors import ArgumentError, CheckpointError, DeviceError, DtypeError, ShapeError
 from halfbyte.nn import Experts4bit, Params4bit, StackedLinear4bit
-from halfbyte.nn.experts4bit import route
+from halfbyte.nn.experts4bit import _low_rank_of_all, low_rank, route
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -421,3 +421,36 @@ def test_what_is_not_recognized():
     module = small("mixtral")
     module.gate_up_proj = None
     assert not Experts4bit.recognizes(module)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_low_rank_terms_and_their_gradients(device, dtype):
+    """Rows of nobody before and after, an expert without rows, a rank that is no multiple of 8."""
+    torch.manual_seed(0)
+    offsets = offsets_of([3, 0, 5, 1], before=2, device=device)
+    x = torch.randn(14, 24, device=device).to(dtype).requires_grad_()
+    lhs, rhs = (
+        torch.randn(4, 40, 3, device=device).requires_grad_(),
+        torch.randn(4, 3, 24, device=device).requires_grad_(),
+    )
+    out = low_rank(x, offsets, lhs, rhs)
+    assert out.dtype == dtype
+    wanted = torch.zeros(14, 40, dtype=torch.float64, device=device)
+    inputs = [tensor.detach().double().requires_grad_() for tensor in (x, lhs.to(dtype), rhs.to(dtype))]
+    ends = offsets.tolist()
+    for e in range(4):
+        rows = slice(ends[e], ends[e + 1])
+        wanted[rows] = inputs[0][rows] @ inputs[2][e].T @ inputs[1][e].T
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    distance = (out.double() - wanted).norm() / wanted.norm()
+    assert distance < tolerance
+    assert (out[:2] == 0).all()
+    assert (out[11:] == 0).all()
+    weights = torch.randn(14, 40, device=device)
+    (out.float() * weights).sum().backward()
+    (wanted * weights.double()).sum().backward()
+    for got, reference in zip((x, lhs, rhs), inputs, strict=True):
+        assert (got.grad.double() - reference.grad).norm() < tolerance * reference.grad.norm()
+    expert = (torch.searchsorted(offsets, torch.arange(14, dtype=torch.int32, device=device), right=True) - 1)[2:11]
+    all_at_once = _low_rank_of_all(x.detach().float()[2:11], expert, lhs.detach(), rhs.detach())
+    assert (all_at_once.double() - wanted[2:11]).norm() < max(tolerance, 1e-2) * wanted.norm()

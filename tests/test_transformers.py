@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -288,30 +290,39 @@ def test_merging_adapters(ids):
     assert error < 0.25  # the sum is quantized again
 
 
-@pytest.mark.skipif("HALFBYTE_BITSANDBYTES_PATH" not in os.environ, reason="HALFBYTE_BITSANDBYTES_PATH is not set")
-def test_checkpoints_cross_to_the_real_bitsandbytes_and_back(tmp_path, ids):
-    import subprocess
-    import sys
+CASES = [("nf4", True, "uint8"), ("nf4", False, "bfloat16"), ("fp4", True, "bfloat16"), ("fp4", False, "uint8")]
 
+
+@pytest.mark.skipif("HALFBYTE_BITSANDBYTES_PATH" not in os.environ, reason="HALFBYTE_BITSANDBYTES_PATH is not set")
+def test_checkpoints_cross_from_the_real_bitsandbytes_and_back(tmp_path, ids):
+    """Written there, read and written here, read there: the same bytes, and the same weights, whole and in shards."""
     code = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from safetensors.torch import save_file
 import bitsandbytes as bnb
 assert "halfbyte" not in sys.modules and bnb.__version__ == "0.50.2"
-folder, source = sys.argv[1:]
-def dense(model):
-    return {n: bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
-            for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-ours = AutoModelForCausalLM.from_pretrained(folder + "/ours", dtype=torch.bfloat16, device_map={"": "cpu"})
-save_file(dense(ours), folder + "/ours-read-there.safetensors")
-config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                            bnb_4bit_compute_dtype=torch.bfloat16)
-model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config,
-                                             device_map={"": "cpu"})
-model.save_pretrained(folder + "/theirs")
-save_file(dense(model), folder + "/theirs.safetensors")
+what, folder, source, cases = sys.argv[1:]
+def load(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map={"": "cpu"}, **options)
+def dump(model, path):
+    save_file({n: bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
+               for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}, path)
+for number, (kind, double, storage) in enumerate(json.loads(cases)):
+    if what == "write":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
+                                    bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=storage)
+        model = load(source, quantization_config=config)
+        model.save_pretrained(f"{folder}/theirs{number}", max_shard_size="1MB" if number % 2 else "1GB")
+        dump(model, f"{folder}/theirs{number}.safetensors")
+    else:
+        dump(load(f"{folder}/ours{number}"), f"{folder}/read{number}.safetensors")
 """
+
+    def there(what):
+        env = os.environ | {"PYTHONPATH": os.environ["HALFBYTE_BITSANDBYTES_PATH"]}
+        command = [sys.executable, "-c", code, what, tmp_path, MODEL, json.dumps(CASES)]
+        subprocess.run(command, check=True, env=env, timeout=300)
 
     def dense(model):
         return {
@@ -319,12 +330,23 @@ save_file(dense(model), folder + "/theirs.safetensors")
             for name, layer in quantized_layers(model).items()
         }
 
-    ours = load(quantization=config())
-    ours.save_pretrained(tmp_path / "ours")
-    env = os.environ | {"PYTHONPATH": os.environ["HALFBYTE_BITSANDBYTES_PATH"]}
-    subprocess.run([sys.executable, "-c", code, tmp_path, MODEL], check=True, env=env, timeout=300)
-    same_tensors(dense(ours), safetensors_torch.load_file(tmp_path / "ours-read-there.safetensors"))
-    theirs = load(tmp_path / "theirs")
-    same_tensors(dense(theirs), safetensors_torch.load_file(tmp_path / "theirs.safetensors"))
-    # From the same weights both make the same file.
-    same_tensors(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
+    there("write")
+    for number, (kind, double, storage) in enumerate(CASES):
+        theirs = load(tmp_path / f"theirs{number}")
+        assert len(list((tmp_path / f"theirs{number}").glob("*.safetensors"))) == (5 if number % 2 else 1)
+        wanted = safetensors_torch.load_file(tmp_path / f"theirs{number}.safetensors")
+        found = dense(theirs)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)  # but for the sign of FP4's zero
+        theirs.save_pretrained(tmp_path / f"ours{number}", max_shard_size="1GB" if number % 2 else "1MB")
+        same_tensors(tensors(tmp_path / f"ours{number}"), tensors(tmp_path / f"theirs{number}"))
+        # From the same weights both make the same file.
+        own = load(quantization=config(kind, double, bnb_4bit_quant_storage=storage))
+        own.save_pretrained(tmp_path / f"own{number}")
+        same_tensors(tensors(tmp_path / f"own{number}"), tensors(tmp_path / f"theirs{number}"))
+    there("read")
+    for number in range(len(CASES)):
+        read, written = (
+            safetensors_torch.load_file(tmp_path / f"{name}{number}.safetensors") for name in ("read", "theirs")
+        )
+        same_tensors(read, written)

@@ -15,6 +15,10 @@ DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.clu
 DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Arrives when all asynchronous copies (cp.async) of this thread so far have landed.
+DEVICE void barrier_arrive_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\n"

@@ -3,6 +3,7 @@
 #include "async_copy.cuh"
 #include "hopper.cuh"
 #include "mma.cuh"
+#include "shared.cuh"
 
 constexpr u32 MOST_WARPS = 16;  // that compute
 constexpr u32 MOST_STAGES = 12;
@@ -27,24 +28,6 @@ struct Weight {
     const float* map;     // fp32 [256]
     const float* offset;  // fp32 [1]
 };
-
-// Arrives when all copies of this thread so far have landed.
-DEVICE void barrier_arrive_copies(u32 at) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory"); }
-
-DEVICE u32 load_word(u32 at) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
-    return v;
-}
-DEVICE float2 load_float2(u32 at) {
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
-    return v;
-}
-DEVICE void store_float(u32 at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); }
-DEVICE void store_float4(u32 at, float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
 
 // A ring's place and the parity of its turn.
 struct Turn {

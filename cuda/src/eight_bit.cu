@@ -8,87 +8,28 @@
 // Grid: enough blocks of threads to fill the GPU, each strides over the tensor. Bytes moved an element: size + 1 + 4/block.
 // From sm_75 and PTX 6.3 on.
 #include "common.cuh"
+#include "search_table.cuh"
 #include "tile.cuh"
 
-// The code of x̂, by sign, exponent and 6 mantissa bits. `order` is an integer that rises with x̂ as its bit pattern does, and
-// its upper 15 bits are a row:
-//
-//   order of x̂ · 2^−100    row [15]   place in the row [17]      the scale makes 28 exponents of what is above 2^−26;
-//                                                                 everything below 2^−32 is one row on each side of zero
-//   entry                   q − row [8]   2^17 − 1 − place of the midpoint [17]   0 [7]
-//
-// so that entry + (order << 7) carries into q for a value above the row's midpoint, and q is its top byte. The signed dynamic map
-// has no more than one midpoint in a row. For a map that has (the unsigned one has, between 1/2 and 1) a search starts at the row.
-struct SearchTable {
-    static constexpr i32 ROWS = 27 * 64 + 1;  // on each side of zero; x̂ = ±1, or an ulp or two more, is the last
-    u32 entries[2 * ROWS];
-    float midpoints[256];  // midpoints[i] between entries i and i + 1 of the map; the last one is above everything
-    i32 orders[256];       // of the midpoints, scaled
-    u32 crowded;           // a row has two midpoints
-
-    static DEVICE i32 order(float scaled) {
-        const i32 bits = i32(as_bits(scaled));
-        return (bits & 0x7fffffff) ^ (bits >> 31);
-    }
-    DEVICE void fill(const float* map) {
-        if (threadIdx.x == 0) crowded = 0;
-        for (u32 i = threadIdx.x; i < 256; i += blockDim.x) {
-            // A midpoint of −0 counts as +0.
-            const float midpoint = i < 255 ? __fadd_rn(__fmul_rn(__fadd_rn(map[i], map[i + 1]), 0.5f), 0.f) : as_float(0x7f800000u);
-            midpoints[i] = midpoint;
-            orders[i] = order(midpoint * 0x1p-100f);
-        }
-        __syncthreads();
-        for (i32 row = i32(threadIdx.x) - ROWS; row < ROWS; row += blockDim.x) {
-            // Scaling keeps order, so that a midpoint below the row's least order is below whatever is in the row.
-            u32 q = 0;
-#pragma unroll
-            for (u32 step = 128; step > 0; step /= 2)
-                if (orders[q + step - 1] < row * (1 << 17)) q += step;
-            u32 place = 0x1ffff;  // no midpoint: nothing is above this one
-            const i32 here = orders[q], next = orders[min(q + 1, 255u)];
-            if (here >> 17 == row) {
-                place = u32(here) & 0x1ffff;
-                // One so small that its scaled form is inexact will not do either.
-                if ((q < 254 && next >> 17 == row) || fabsf(midpoints[q]) < 0x1p-26f) atomicOr(&crowded, 1u);
-            }
-            entries[row + ROWS] = (q - u32(row)) << 24 | (0x1ffff - place) << 7;
-        }
-        __syncthreads();
-    }
-    // Codes are top bytes. `scaled` is x̂ · 2^−100, of |x̂| ≤ 1 but for an ulp or two.
-    DEVICE u32 encode(float scaled) const {
-        const i32 at = order(scaled);
-        return entries[(at >> 17) + ROWS] + (u32(at) << 7);
-    }
-    // For any map and any x̂.
-    DEVICE u32 search(float x) const {
-        const i32 row = order(x * 0x1p-100f) >> 17;
-        u32 q = (entries[row + ROWS] >> 24) + u32(row) & 0xff;
-        while (x > midpoints[q]) ++q;  // ends at the last: nothing is above infinity
-        return q << 24;
-    }
-};
+using Table = SearchTable<6, true>;
 
 // x̂ = (x − shift) / absmax into [−1, 1]; NaN becomes 1. `inverse` is 1 / absmax, finite for 0.
 DEVICE float clamp_unit(float x) { return fmaxf(fminf(x, 1.f), -1.f); }
 
-// Four codes in the top bytes of words, as four bytes.
-DEVICE u32 top_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410); }
-
 template <class T>
 DEVICE void quantize(const T* a, u64 n, const float* map, const float* offset, u8* codes, float* absmax, u32 log2_block, u32 aligned) {
     constexpr bool SHIFTED = sizeof(T) == 4;  // scales are fp32
-    __shared__ SearchTable table;
+    __shared__ Table table;
+    __shared__ Midpoints midpoints;
     __shared__ u32 warp_max[2][WARPS<T>];
     extern __shared__ __align__(128) u8 stages[];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, stride = gridDim.x * WARPS<T>;
     const Ring<T> ring(shared_address(stages) + warp * Ring<T>::BYTES, a, n, aligned, lane);
     u32 tile = blockIdx.x * WARPS<T> + warp, turn = 0;
     ring.fetch(turn, tile);
-    table.fill(map);
+    table.fill(map, midpoints);
     const float shift = SHIFTED && offset != nullptr ? *offset : 0.f;
-    const bool crowded = table.crowded;
+    const bool crowded = midpoints.crowded;
 
     // All warps of a block of threads take as many turns: they may share a block of elements.
     for (const u32 end = u32((n + TILE - 1) / TILE); tile - warp < end; tile += stride, turn ^= 1) {
@@ -123,7 +64,7 @@ DEVICE void quantize(const T* a, u64 n, const float* map, const float* offset, u
             // Four at a time, the others moving up: indices of registers are constants.
 #pragma unroll 1
             for (u32 i = 0; i < 32; i += 4) {
-                auto code = [&](u32 j) { return table.search(clamp_unit(x[0].get(j) * inverse)); };
+                auto code = [&](u32 j) { return table.search(clamp_unit(x[0].get(j) * inverse), midpoints); };
                 const u32 word = top_bytes(code(0), code(1), code(2), code(3));
 #pragma unroll
                 for (u32 w = 0; w < 7; ++w) words[w] = words[w + 1];
@@ -139,8 +80,9 @@ DEVICE void quantize(const T* a, u64 n, const float* map, const float* offset, u
 // Blocks of any size: a warp takes one at a time.
 template <class T>
 DEVICE void quantize_any(const T* a, u64 n, const float* map, const float* offset, u8* codes, float* absmax, u32 block) {
-    __shared__ SearchTable table;
-    table.fill(map);
+    __shared__ Table table;
+    __shared__ Midpoints midpoints;
+    table.fill(map, midpoints);
     const u32 lane = threadIdx.x % WARP;
     const float shift = offset == nullptr ? 0.f : *offset;
     const u64 blocks = (n + block - 1) / block, warps = u64(gridDim.x) * (blockDim.x / WARP);
@@ -154,7 +96,7 @@ DEVICE void quantize_any(const T* a, u64 n, const float* map, const float* offse
         const float scale = as_float(m), inverse = inverse_of(scale);
         if (lane == 0) absmax[b] = scale;
         for (u32 i = lane; i < length; i += WARP)
-            codes[base + i] = u8(table.search(clamp_unit((to_float(a[base + i]) - shift) * inverse)) >> 24);
+            codes[base + i] = u8(table.search(clamp_unit((to_float(a[base + i]) - shift) * inverse), midpoints) >> 24);
     }
 }
 

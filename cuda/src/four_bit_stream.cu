@@ -50,17 +50,6 @@ struct Pieces {
 
 template <u32 V> struct Constant { static constexpr u32 value = V; };
 
-DEVICE uint2 load_uint2(u32 at) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
-    return v;
-}
-DEVICE uint4 load_uint4(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-    return v;
-}
-
 // Adds the products of a warp's slice of one or two tiles to their sums. Loads of weights and scales come first, and two tiles
 // alternate, so that there is always something to do while one waits.
 template <int COUNT>

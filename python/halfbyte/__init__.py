@@ -10,10 +10,13 @@ Importing this package makes an absent ``bitsandbytes`` importable (``HALFBYTE_N
 :func:`replace_bitsandbytes` does it to an installed one.
 """
 
-from halfbyte import _dropin, _native, errors, functional, nn, ops
+from typing import Any
+
+from halfbyte import _dropin, _hooks, _native, errors, functional, nn, ops, optim
 from halfbyte._dropin import replace_bitsandbytes
 from halfbyte._fuse import fuse_linears, unfuse_linears
 from halfbyte._grouped import matmul_4bit_experts, matmul_4bit_group
+from halfbyte._int8 import MatmulLtState, matmul
 from halfbyte._matmul import matmul_4bit
 from halfbyte._model import quantize_model
 from halfbyte.quant_state import QuantState
@@ -21,19 +24,32 @@ from halfbyte.quant_state import QuantState
 __version__: str = _native.build_info()["version"]
 
 __all__ = [
+    "HalfbyteConfig",
+    "MatmulLtState",
     "QuantState",
     "__version__",
     "errors",
     "functional",
     "fuse_linears",
+    "matmul",
     "matmul_4bit",
     "matmul_4bit_experts",
     "matmul_4bit_group",
     "nn",
     "ops",
+    "optim",
     "quantize_model",
     "replace_bitsandbytes",
     "unfuse_linears",
 ]
 
 _dropin.install()
+_hooks.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HalfbyteConfig":  # imports transformers
+        from halfbyte.integrations.transformers import HalfbyteConfig
+
+        return HalfbyteConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

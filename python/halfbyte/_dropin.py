@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-import warnings
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
@@ -76,7 +75,7 @@ class _Finder(DistributionFinder):
         return []
 
 
-class _AfterImport:
+class AfterImport:
     """Runs an action right after a module has been imported for the first time, however that comes about.
 
     Stands at the front of :data:`sys.meta_path`, answers for that one module, and takes itself off the list once done.
@@ -192,7 +191,7 @@ def _is_ours(module: ModuleType) -> bool:
 
 
 def _tell_libraries() -> None:
-    """Undo what libraries concluded while bitsandbytes was absent, and prepare transformers, imported or not."""
+    """Undo what libraries concluded while bitsandbytes was absent, and prepare them, imported or not."""
     importlib.invalidate_caches()
     for name, probes in _CACHED_PROBES.items():
         module = sys.modules.get(name)
@@ -205,17 +204,6 @@ def _tell_libraries() -> None:
         if module is not None and getattr(module, "bnb", None) is None:
             module.__dict__["bnb"] = _Deferred(NAME)
 
-    if "transformers.quantizers.auto" in sys.modules:
-        _prepare_transformers()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        hook: Any = _AfterImport("transformers.quantizers.auto", _prepare_transformers)
-        sys.meta_path.insert(0, hook)
+    from halfbyte import _hooks
 
-
-def _prepare_transformers() -> None:
-    try:
-        from halfbyte.integrations import transformers
-    except ImportError as error:  # a transformers that has moved what we build on must stay importable
-        warnings.warn(f"halfbyte: 4-bit models may not load or save with this transformers: {error}", stacklevel=2)
-    else:
-        transformers.register()
+    _hooks.install()

@@ -1,4 +1,4 @@
-"""``quantize_model``: 4-bit layers in the place of a model's linear ones."""
+"""``quantize_model``: 4-bit or 8-bit layers in the place of a model's linear ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halfbyte import ops
 from halfbyte._progress import track
 from halfbyte._tables import FLOAT_DTYPES, STORAGE_DTYPES
 from halfbyte.errors import ArgumentError, DtypeError
-from halfbyte.nn import Experts4bit, Linear4bit, Params4bit
+from halfbyte.nn import Experts4bit, Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,8 +45,9 @@ def quantize_model(
     device: torch.device | str | int | None = None,
     progress: bool | Callable[[int, int, str], None] | None = None,
     scale_search: bool = False,
+    threshold: float = 6.0,
 ) -> M:
-    r"""Replace the linear layers of a model by 4-bit ones, in place.
+    r"""Replace the linear layers of a model by 4-bit ones, or by those of LLM.int8(), in place.
 
     Only layers whose class is exactly ``nn.Linear`` are replaced, and transformers' modules of stacked experts (3-D
     parameters; by :class:`~halfbyte.nn.Experts4bit`). The output embedding (``model.get_output_embeddings()``), layers
@@ -59,7 +60,8 @@ def quantize_model(
         Any module; a single ``nn.Linear`` is replaced by a new module, which is returned. Layers on the meta device
         are replaced by unquantized 4-bit layers there, ready for ``load_state_dict``.
     quant_type
-        ``"nf4"`` or ``"fp4"``.
+        ``"nf4"``, ``"fp4"``, or ``"int8"``: then `threshold` counts, and what says how to make 4 bits does not. Stacked
+        experts stay as they are.
     double_quant
         Quantize the scales too: 4.127 instead of 4.5 bits a weight at blocksize 64, with the same speed.
     blocksize
@@ -81,6 +83,8 @@ def quantize_model(
     scale_search
         Pick scales by least squared error: a third or so of the quality that NF4 costs comes back, in the same bytes
         and format. See :func:`~halfbyte.functional.quantize_4bit`.
+    threshold
+        Of 8-bit layers: columns of activations of at least this magnitude are multiplied in floating point; 0 for none.
 
     Returns
     -------
@@ -90,15 +94,21 @@ def quantize_model(
     Raises
     ------
     ArgumentError
-        If `quant_type`, `blocksize` or a pattern in `skip` does not exist.
+        If `quant_type`, `blocksize` or a pattern in `skip` does not exist, or `threshold` is no threshold.
     DtypeError
         If a layer's weight is not fp32, fp16 or bf16, or `quant_storage` is no storage type. The model is unchanged
         after any of these.
     """
-    ops.check_quant_type(quant_type)
-    ops.check_blocksize(blocksize)
-    ops.check_dtype("quant_storage", quant_storage, STORAGE_DTYPES)
-    layers = dict(_candidates(model, skip_pattern(skip)))
+    eight_bit = quant_type == "int8"
+    if eight_bit:
+        if not threshold >= 0:
+            raise ArgumentError(f"threshold: expected a number that is not negative, got {threshold}")
+    else:
+        ops.check_quant_type(quant_type)
+        ops.check_blocksize(blocksize)
+        ops.check_dtype("quant_storage", quant_storage, STORAGE_DTYPES)
+    candidates = _candidates(model, skip_pattern(skip))
+    layers = {name: layer for name, layer in candidates if type(layer) is nn.Linear or not eight_bit}
     for name, layer in layers.items():
         for weight in _weights(layer):
             if layer._parameters[weight].dtype not in FLOAT_DTYPES:  # type: ignore[union-attr]
@@ -111,7 +121,11 @@ def quantize_model(
     # Names only: the mapping must not keep float weights alive.
     for name in _reported(list(layers), progress):
         old = layers.pop(name)
-        new = _replacement(old, device, quant_type, double_quant, blocksize, compute_dtype, quant_storage, scale_search)
+        if eight_bit:
+            new: nn.Module = _eight_bit(old, threshold)
+        else:
+            new = _four_bit(old, quant_type, double_quant, blocksize, compute_dtype, quant_storage, scale_search)
+        _finish(old, new, device)
         if old is model:
             root = new
         for parent in parents:
@@ -134,9 +148,17 @@ def _weights(layer: nn.Module) -> tuple[str, ...]:
     return ("gate_up_proj" if layer.has_gate else "up_proj", "down_proj")
 
 
-def _replacement(
+def _eight_bit(old: nn.Module, threshold: float) -> Linear8bitLt:
+    assert isinstance(old, nn.Linear)
+    new = Linear8bitLt(old.in_features, old.out_features, False, False, threshold, device="meta")
+    new._parameters["weight"] = Int8Params(old.weight.detach(), requires_grad=False)
+    new.register_parameter("bias", old.bias)
+    new.train(old.training)
+    return new
+
+
+def _four_bit(
     old: nn.Module,
-    device: torch.device | str | int | None,
     quant_type: str,
     double_quant: bool,
     blocksize: int,
@@ -166,13 +188,17 @@ def _replacement(
         new = Experts4bit.from_module(
             old, double_quant, quant_type, quant_storage, blocksize, scale_search=scale_search
         )
+    return new
+
+
+def _finish(old: nn.Module, new: nn.Module, device: torch.device | str | int | None) -> None:
+    """Quantize the weights of `new` where they shall be, and give it the hooks of `old`."""
     for name in _weights(old):
         weight = new._parameters[name]
         if weight is not None and not weight.is_meta:
             new._parameters[name] = weight.to(weight.device if device is None else device)  # type: ignore[assignment]
     for hooks in _HOOKS:
         getattr(new, hooks).update(getattr(old, hooks))
-    return new
 
 
 def _candidates(model: nn.Module, skipped: re.Pattern[str] | None) -> Iterator[tuple[str, nn.Module]]:

@@ -27,6 +27,10 @@ class DeviceError(ArgumentError):
     """Tensors of one call on different devices, or on a device that halfbyte does not serve."""
 
 
+class UnsupportedError(ArgumentError, NotImplementedError):
+    """An argument that has a meaning which halfbyte does not implement."""
+
+
 class CheckpointError(HalfbyteError, ValueError):
     """A checkpoint that is truncated, contradicts itself, or is of another format."""
 

@@ -1,4 +1,4 @@
-"""4-bit and blockwise 8-bit quantization as functions, with bitsandbytes' signatures.
+"""4-bit, blockwise 8-bit and LLM.int8() quantization as functions, with bitsandbytes' signatures.
 
 Tensors are torch's, on CPU or CUDA; NumPy arrays and other DLPack producers are accepted for every input, and the main
 result goes back to the library of the first argument (statistics stay torch tensors, in the
@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from halfbyte import ops
+from halfbyte._int8 import (
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mixed_scaled_mm,
+    int8_mm_dequant,
+    int8_scaled_mm,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+)
 from halfbyte._interop import giver_back, to_torch
 from halfbyte._matmul import matmul_4bit, statistics
+from halfbyte._optimizer_update import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from halfbyte._tables import FLOAT_DTYPES, NESTED_BLOCKSIZE, STORAGE_DTYPES, code_4bit, dynamic_map, dynamic_values
 from halfbyte.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from halfbyte.quant_state import QuantState
@@ -31,7 +41,16 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mixed_scaled_mm",
+    "int8_mm_dequant",
+    "int8_scaled_mm",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "matmul_4bit",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",

@@ -2,13 +2,13 @@
 
 This package is what ``import bitsandbytes`` finds when halfbyte serves it (see :mod:`halfbyte._dropin`); it is loaded
 under that name and holds re-exports only, so ``isinstance(x, bitsandbytes.nn.Linear4bit)`` and
-``isinstance(x, halfbyte.nn.Linear4bit)`` are one question. Served today: everything 4-bit that transformers, peft and
-accelerate use. Asking for anything else raises an AttributeError that says so.
+``isinstance(x, halfbyte.nn.Linear4bit)`` are one question. Served today: everything 4-bit and LLM.int8() that
+transformers, peft and accelerate use. Asking for anything else raises an AttributeError that says so.
 """
 
 from typing import Any
 
-from halfbyte import matmul_4bit
+from halfbyte import MatmulLtState, matmul, matmul_4bit
 from halfbyte._dropin import SERVED_VERSION as __version__
 
 from . import functional, nn
@@ -19,13 +19,23 @@ features = {"multi_backend"}
 
 supported_torch_devices = {"cpu", "cuda"}
 
-__all__ = ["__version__", "features", "functional", "matmul_4bit", "modules", "nn", "supported_torch_devices"]
+__all__ = [
+    "MatmulLtState",
+    "__version__",
+    "features",
+    "functional",
+    "matmul",
+    "matmul_4bit",
+    "modules",
+    "nn",
+    "supported_torch_devices",
+]
 
 
 def __getattr__(name: str) -> Any:
     from halfbyte import __version__ as version
 
     raise AttributeError(
-        f"bitsandbytes is served by halfbyte {version} here, which has no bitsandbytes.{name} (4-bit parts only)",
+        f"bitsandbytes is served by halfbyte {version} here, which has no bitsandbytes.{name}",
         name=name,
     )

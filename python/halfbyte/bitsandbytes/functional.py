@@ -1,4 +1,4 @@
-"""``bitsandbytes.functional``: 4-bit and blockwise 8-bit quantization, and the quantization state."""
+"""``bitsandbytes.functional``: 4-bit, blockwise 8-bit and LLM.int8() quantization, and the quantization state."""
 
 from halfbyte.functional import (
     QuantState,
@@ -9,6 +9,11 @@ from halfbyte.functional import (
     dequantize_nf4,
     gemv_4bit,
     get_4bit_type,
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mm_dequant,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
     quantize_4bit,
     quantize_blockwise,
     quantize_fp4,
@@ -24,6 +29,11 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",

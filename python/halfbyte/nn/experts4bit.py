@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte import _native, ops
 from halfbyte._grouped import matmul_4bit_experts
 from halfbyte.errors import ArgumentError
+from halfbyte.nn import sharded
 from halfbyte.nn.params import Params4bit, check_packed, take_packed
 from halfbyte.quant_state import QuantState
 
@@ -54,6 +56,37 @@ def route(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, inverse, offsets
 
 
+def low_rank(x: Tensor, offsets: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Return ``x[s] @ rhs[e].T @ lhs[e].T`` for rows that are sorted by expert; zeros for rows of nobody.
+
+    Parameters
+    ----------
+    x, offsets
+        As for :func:`~halfbyte.matmul_4bit_experts`.
+    lhs, rhs
+        Factors ``[E, N, r]`` and ``[E, r, K]``, cast to x's dtype. Gradients go to all three.
+    """
+    row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    owned = ((row >= offsets[0]) & (row < offsets[-1])).unsqueeze(1)
+    lhs, rhs = lhs.to(x.dtype), rhs.to(x.dtype)
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        return torch.where(owned, _low_rank_of_all(x, torch.searchsorted(offsets, row, right=True) - 1, lhs, rhs), 0)
+    spare = -rhs.shape[1] % 8  # grouped products want rows of whole 16 bytes
+    lhs, rhs = F.pad(lhs, (0, spare)), F.pad(rhs, (0, 0, 0, spare))
+    # Grouped products leave what is nobody's as it was in memory, in results and in gradients.
+    inner = torch.where(owned, F.grouped_mm(torch.where(owned, x, 0), rhs.transpose(1, 2), offs=offsets[1:]), 0)
+    return torch.where(owned, F.grouped_mm(inner, lhs.transpose(1, 2), offs=offsets[1:]), 0)
+
+
+def _low_rank_of_all(x: Tensor, expert: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Multiply rows by the factors of every expert, and keep those of their own: nothing has to know how many rows."""
+    experts, rank, _ = rhs.shape
+    place = expert.clamp(0, experts - 1).view(-1, 1, 1).expand(-1, 1, rank)
+    inner = F.linear(x, rhs.flatten(0, 1)).view(-1, experts, rank).gather(1, place)
+    spread = torch.zeros(x.shape[0], experts, rank, dtype=x.dtype, device=x.device).scatter(1, place, inner)
+    return F.linear(spread.flatten(1), lhs.permute(1, 0, 2).flatten(1))
+
+
 class _Stacks(nn.Module):
     """A module with stacks ``[E, N, K]`` as parameters, quantized when they first move to a device."""
 
@@ -80,8 +113,21 @@ class _Stacks(nn.Module):
             ),
         )
 
+    @property
+    def adapters(self) -> dict[str, list[tuple[Tensor, Tensor, float]]]:
+        """Low-rank terms of stacks by name: ``scale · lhs[e] @ rhs[e]``, with factors ``[E, N, r]`` and ``[E, r, K]``.
+
+        Adapters of libraries put theirs here for the time of a call. They are no part of the state dict.
+        """
+        adapters: dict[str, list[tuple[Tensor, Tensor, float]]] = self.__dict__.setdefault("_adapters", {})
+        return adapters
+
     def _packed(self) -> dict[str, Params4bit]:
         return {name: p for name, p in self._parameters.items() if isinstance(p, Params4bit)}
+
+    def _split(self) -> dict[str, Any]:
+        """Return the stacks that FSDP has split."""
+        return {name: p for name, p in self._parameters.items() if sharded.shard_of(p) is not None}
 
     def _multiply(self, name: str, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
         weight: Any = self._parameters[name]
@@ -91,7 +137,10 @@ class _Stacks(nn.Module):
                 f"{type(self).__name__}.{name}: not quantized yet; move the module to a device first, "
                 f'module.to("{"cpu" if weight.is_meta else weight.device}"), or load a quantized checkpoint'
             )
-        return cast("Tensor", matmul_4bit_experts(x, offsets, weight, state, bias))
+        product = cast("Tensor", matmul_4bit_experts(x, offsets, weight, state, bias))
+        for lhs, rhs, scale in self.adapters.get(name, ()):
+            product = product + low_rank(x, offsets, lhs, rhs).to(product.dtype) * scale
+        return product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Stacks:
         packed = self._packed()
@@ -121,6 +170,8 @@ class _Stacks(nn.Module):
             if weight.quant_state is not None:
                 for key, value in weight.quant_state.as_dict(packed=True).items():
                     destination[f"{prefix}{name}.{key}"] = value if keep_vars else value.detach()
+        for name, split in self._split().items():
+            destination.update({f"{prefix}{name}{key}": value for key, value in sharded.entries(split).items()})
 
     def _load_from_state_dict(
         self,
@@ -134,6 +185,14 @@ class _Stacks(nn.Module):
     ) -> None:
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         rest, done = dict(state_dict), set()
+        for name, split in self._split().items():
+            key = prefix + name
+            entries = {k: v for k, v in state_dict.items() if k.startswith(key + ".")}
+            if isinstance(state_dict.get(key), Tensor) and entries:
+                sharded.load(split, state_dict[key], entries, key)
+                done.add(key)
+                for entry in (key, *entries):
+                    rest.pop(entry)
         templates = self._packed()
         for name, weight in templates.items():
             key = prefix + name
@@ -334,7 +393,7 @@ class Experts4bit(_Stacks):
         """Whether `module` is of transformers' kind with stacked float experts, which :meth:`from_module` takes."""
         if not all(
             isinstance(getattr(module, name, None), bool)
-            for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+            for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated")
         ):
             return False
         names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")

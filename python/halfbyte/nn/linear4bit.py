@@ -12,6 +12,7 @@ from torch import Tensor
 from halfbyte import _native
 from halfbyte._matmul import autocast_dtype, matmul_4bit, matmul_as_is
 from halfbyte.errors import ArgumentError
+from halfbyte.nn import sharded
 from halfbyte.nn._initial import Undrawn, can_wait
 from halfbyte.nn.params import Params4bit, check_packed, take_packed
 from halfbyte.quant_state import QuantState
@@ -252,6 +253,9 @@ class Linear4bit(torch.nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if sharded.shard_of(self.weight) is not None:
+            destination.update({f"{prefix}weight{key}": value for key, value in sharded.entries(self.weight).items()})
+            return
         state = getattr(self.weight, "quant_state", None) or self.quant_state
         if state is not None:
             for key, value in state.as_dict(packed=True).items():
@@ -273,7 +277,9 @@ class Linear4bit(torch.nn.Linear):
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         quantized = isinstance(self.weight, Params4bit) and self.weight.bnb_quantized
         dense = isinstance(data, Tensor) and data.is_floating_point() and data.shape == self._dense_shape()
-        if isinstance(data, Tensor) and entries:
+        if isinstance(data, Tensor) and entries and sharded.shard_of(self.weight) is not None:
+            sharded.load(self.weight, data, entries, key)
+        elif isinstance(data, Tensor) and entries:
             self._load_packed(data, entries, key, assign, error_msgs)
         elif isinstance(data, Tensor) and dense and quantized:
             self._load_dense(data)

@@ -300,10 +300,16 @@ class Params4bit(torch.nn.Parameter):
     ) -> Any:
         """Give the pieces of ``chunk`` and ``split`` this parameter's state; leave everything else to plain tensors."""
         with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.new_zeros and isinstance(args[0], Params4bit):
+                return sharded.blank(args[0], lambda: func(*args, **(kwargs or {})))
             result = func(*args, **(kwargs or {}))
         if func in _PIECES:
-            whole = args[0] if args else (kwargs or {}).get("input", (kwargs or {}).get("tensor"))
+            kwargs = kwargs or {}
+            whole = args[0] if args else kwargs.get("input", kwargs.get("tensor"))
             if isinstance(whole, Params4bit):
+                count = args[1] if len(args) > 1 else kwargs.get("chunks")
+                if func in _PIECES[:2] and whole.bnb_quantized and count and len(args) < 3 and not kwargs.get("dim"):
+                    return sharded.split(whole, result, count)
                 return tuple(whole.like(piece) for piece in result)
         return result
 
@@ -322,7 +328,7 @@ def _state_property(name: str) -> property:
 for _name in _STATE_PROPERTIES:
     setattr(Params4bit, _name, _state_property(_name))
 
-_PIECES = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
+_PIECES = (torch.chunk, Tensor.chunk, torch.split, Tensor.split)
 
 ops.PLAIN_TENSORS.add(Params4bit)
 
@@ -352,3 +358,6 @@ def take_packed(data: Tensor, state: QuantState, device: torch.device, assign: b
     if state.state2 is not None:
         state.state2.absmax = state.state2.absmax.clone()
     return data.detach().to(device, copy=True)
+
+
+from halfbyte.nn import sharded  # noqa: E402  # of which pieces are made, and which is made of this

@@ -10,7 +10,9 @@ pub mod eight_bit;
 mod element;
 mod error;
 pub mod four_bit;
+pub mod int8;
 pub mod layout;
+pub mod optim;
 pub mod state;
 
 pub use codebook::Kind;

@@ -27,6 +27,16 @@ fn eight_bit_kernels_exist() {
 }
 
 #[test]
+fn int8_kernels_exist() {
+    check(halfbyte::int8::cuda::kernels());
+}
+
+#[test]
+fn optimizer_kernels_exist() {
+    check(halfbyte::optim::cuda::kernels());
+}
+
+#[test]
 fn without_a_driver_there_is_one_clear_error() {
     use halfbyte::device::cuda::{Stream, device_count};
     use halfbyte::{Dtype, Error, Kind};

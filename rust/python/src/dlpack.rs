@@ -329,6 +329,11 @@ impl TensorRef {
         }
     }
 
+    pub(crate) fn expect_i8(&self) -> Result<(), Error> {
+        let DlDataType { code, bits, lanes } = self.tensor.dtype;
+        if (code, bits, lanes) == (0, 8, 1) { Ok(()) } else { Err(self.wrong_dtype("int8")) }
+    }
+
     /// Whether a signed integer has 64 bits, and not 32; an error for all others.
     pub(crate) fn wide_integer(&self) -> Result<bool, Error> {
         let DlDataType { code, bits, lanes } = self.tensor.dtype;

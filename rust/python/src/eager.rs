@@ -20,8 +20,8 @@ use crate::four_bit::dequantize;
 use crate::four_bit::{Scales, matmul, parse_kind};
 
 /// What is used of torch: found once, as every look-up would cost what a tensor's whole check costs.
-struct Torch {
-    tensor: Py<PyAny>,
+pub(crate) struct Torch {
+    pub(crate) tensor: Py<PyAny>,
     dtypes: [Py<PyAny>; 3],
     grad_enabled: Py<PyAny>,
     tracing_state: Py<PyAny>,
@@ -44,7 +44,7 @@ struct Torch {
 }
 
 impl Torch {
-    fn get(py: Python<'_>) -> PyResult<&'static Self> {
+    pub(crate) fn get(py: Python<'_>) -> PyResult<&'static Self> {
         static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
         TORCH.get_or_try_init(py, || {
             let torch = py.import("torch")?;
@@ -92,7 +92,7 @@ impl Torch {
     }
 
     /// Whether this thread runs operations as they are, and no gradient is wanted of `x` and `bias`.
-    fn is_plain(&self, x: &Bound<'_, PyAny>, bias: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+    pub(crate) fn is_plain(&self, x: &Bound<'_, PyAny>, bias: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let py = x.py();
         for watcher in &self.watchers {
             if watcher.bind(py).call0()?.is_truthy()? {
@@ -110,7 +110,7 @@ impl Torch {
     }
 
     /// What autocast would cast to at a place; `None` where it is off.
-    fn autocast<'py>(&self, py: Python<'py>, place: Place) -> PyResult<Option<Bound<'py, PyAny>>> {
+    pub(crate) fn autocast<'py>(&self, py: Python<'py>, place: Place) -> PyResult<Option<Bound<'py, PyAny>>> {
         if !self.any_autocast.bind(py).call0()?.is_truthy()? {
             return Ok(None);
         }
@@ -123,7 +123,7 @@ impl Torch {
     }
 
     /// A new tensor [`rows`…, `columns`] for the kind of `like`, whose type and place are given; and what is in it.
-    fn empty<'py>(
+    pub(crate) fn empty<'py>(
         &self,
         like: &Bound<'py, PyAny>,
         (dtype, place): (Dtype, Place),
@@ -163,7 +163,7 @@ impl Torch {
 
     /// Whether calling a layer comes to no more than calling `forward`, which its class still has: no hooks of its own or of
     /// everybody, not compiled, no other `forward` put over it, nobody in the place of `nn.Module.__call__`.
-    fn calls_forward(&self, layer: &Bound<'_, PyAny>, forward: &Bound<'_, PyAny>) -> PyResult<bool> {
+    pub(crate) fn calls_forward(&self, layer: &Bound<'_, PyAny>, forward: &Bound<'_, PyAny>) -> PyResult<bool> {
         let py = layer.py();
         let fields = attributes(layer)?;
         let none_there = |hooks: &Bound<'_, PyAny>| Ok::<_, PyErr>(hooks.cast::<PyDict>()?.is_empty());
@@ -195,7 +195,7 @@ impl Torch {
 }
 
 /// An object's own attributes.
-fn attributes<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
+pub(crate) fn attributes<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
     // SAFETY: returns a new reference to the dict of an object that has one, or null with an exception set.
     let dict = unsafe {
         Bound::from_owned_ptr_or_err(object.py(), ffi::PyObject_GenericGetDict(object.as_ptr(), std::ptr::null_mut()))
@@ -204,12 +204,12 @@ fn attributes<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyDict>> {
 }
 
 /// What there is no plain way for. Never seen by anybody.
-fn not_plain() -> PyErr {
+pub(crate) fn not_plain() -> PyErr {
     PyTypeError::new_err("not the plain case")
 }
 
 /// Entry of an object's attributes.
-fn entry<'py>(fields: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
+pub(crate) fn entry<'py>(fields: &Bound<'py, PyDict>, name: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyAny>> {
     fields.get_item(name)?.ok_or_else(not_plain)
 }
 
@@ -365,7 +365,7 @@ fn dense<'py>(
 }
 
 /// Ordinary exceptions mean that the general way has to see to it; interrupts and their like go on.
-fn or_general<T>(py: Python<'_>, result: PyResult<Option<T>>) -> PyResult<Option<T>> {
+pub(crate) fn or_general<T>(py: Python<'_>, result: PyResult<Option<T>>) -> PyResult<Option<T>> {
     match result {
         Err(error) if error.is_instance_of::<PyException>(py) => Ok(None),
         other => other,

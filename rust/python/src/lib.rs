@@ -3,12 +3,17 @@
 mod checkpoint;
 mod dlpack;
 mod eager;
+mod eager_int8;
 mod eight_bit;
 mod errors;
 mod four_bit;
 mod groups;
 mod info;
+mod int8;
+#[cfg(feature = "cuda")]
+mod int8_cuda;
 mod openmp;
+mod optim;
 mod search;
 
 use pyo3::prelude::*;
@@ -20,6 +25,8 @@ mod _native {
     #[pymodule_export]
     use super::eager::{eager_linear_4bit, eager_matmul_4bit};
     #[pymodule_export]
+    use super::eager_int8::eager_linear_int8;
+    #[pymodule_export]
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
     #[pymodule_export]
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
@@ -27,6 +34,17 @@ mod _native {
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::optim::PagedBuffer;
+    #[pymodule_export]
+    use super::optim::{OptimPlan, optim_grad_norm};
+    #[pymodule_export]
+    use super::int8::{
+        int8_column_stats, int8_dequantize_rows, int8_levels, int8_linear, int8_linear_workspace, int8_matmul,
+        int8_matmul_int32, int8_mm_dequant, int8_outlier_bitmap, int8_outlier_columns, int8_quantize_columns,
+        int8_quantize_rows, int8_zero_columns,
+    };
     #[pymodule_export]
     use super::search::encode_4bit;
 }

@@ -1,6 +1,15 @@
-"""``bitsandbytes.nn``: the 4-bit layers and parameter."""
+"""``bitsandbytes.nn``: the layers and parameters."""
 
 from . import modules
-from .modules import Int8Params, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, Params4bit
+from .modules import Embedding8bit, Int8Params, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, Params4bit
 
-__all__ = ["Int8Params", "Linear4bit", "Linear8bitLt", "LinearFP4", "LinearNF4", "Params4bit", "modules"]
+__all__ = [
+    "Embedding8bit",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "Params4bit",
+    "modules",
+]

@@ -5,7 +5,7 @@ use super::cpu_avx2;
 use super::nearest::Nearest;
 use super::reference::{most_of, on_grid, scaling};
 use super::{Rounding, check, check_map};
-use crate::codebook::Map;
+use crate::codebook::{Map, dynamic_map};
 use crate::device::cpu::{Level, for_each_task, share};
 use crate::element::Element;
 use crate::error::Result;
@@ -49,6 +49,14 @@ pub fn quantize<T: Element>(
         _ => by_search(a, nearest, block, offset, rounding, codes, absmax),
     });
     Ok(())
+}
+
+/// Codes in a dynamic map of a block of at most 256 values, and the block's scale: for any CPU.
+pub(crate) fn encode_dynamic(values: &[f32], signed: bool, codes: &mut [u8]) -> f32 {
+    let nearest = Nearest::known(dynamic_map(signed)).expect("a dynamic map is known");
+    let (scaling, stored) = scaling(Rounding::Nearest, most_of(Rounding::Nearest, values.iter().copied()), true);
+    codes.iter_mut().zip(values).for_each(|(code, &v)| *code = nearest.search(scaling.apply(v)));
+    stored
 }
 
 /// [`super::reference::quantize`] with a binary search: for any CPU and any map.

@@ -3,6 +3,7 @@
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
+pub(crate) mod carry;
 pub mod cpu;
 #[cfg(target_arch = "x86_64")]
 mod cpu_avx2;

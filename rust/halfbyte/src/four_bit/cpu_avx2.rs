@@ -14,7 +14,7 @@ use crate::element::{Dtype, Element};
 
 /// Eight fp32 numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(__m256);
+pub(crate) struct Avx2(__m256);
 
 impl Lanes for Avx2 {
     const N: usize = 8;

@@ -11,7 +11,7 @@ use crate::element::{Dtype, Element};
 
 /// Sixteen fp32 numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(crate) struct Avx512(__m512);
 
 impl Lanes for Avx512 {
     const N: usize = 16;

@@ -7,7 +7,7 @@
 use super::reference::code_at;
 
 /// A vector of fp32 numbers and the decoding of 4-bit codes to it.
-pub(super) trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     /// Numbers in a vector.
     const N: usize;
     /// The 16 values of a code, times a scale.
@@ -35,7 +35,7 @@ pub(super) trait Lanes: Copy {
 
 /// Eight numbers in an array: code for any CPU, which compilers turn into the vectors they know.
 #[derive(Clone, Copy)]
-pub(super) struct Portable([f32; 8]);
+pub(crate) struct Portable([f32; 8]);
 
 impl Lanes for Portable {
     const N: usize = 8;

@@ -5,10 +5,10 @@ pub mod cuda;
 
 pub mod cpu;
 #[cfg(target_arch = "x86_64")]
-mod cpu_avx2;
+pub(crate) mod cpu_avx2;
 #[cfg(target_arch = "x86_64")]
-mod cpu_avx512;
-mod cpu_lanes;
+pub(crate) mod cpu_avx512;
+pub(crate) mod cpu_lanes;
 mod cpu_matmul;
 mod cpu_scales;
 pub mod reference;

@@ -215,16 +215,31 @@ impl Kernel {
     /// the stream has passed the launch.
     #[inline]
     pub unsafe fn launch(&self, stream: &Stream, launch: Launch, arguments: &mut Arguments) -> Result<()> {
-        let device = device(stream.device)?;
-        let _entered = device.enter()?;
-        let handle = self.handle(device)?;
         let mut pointers = [std::ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
         for (pointer, start) in pointers.iter_mut().zip(&arguments.starts[..arguments.len]) {
             *pointer = std::ptr::from_mut(&mut arguments.words[usize::from(*start)]).cast();
         }
+        // SAFETY: the caller's promise; the arguments outlive the call.
+        unsafe { self.launch_pointers(stream, launch, &mut pointers[..arguments.len]) }
+    }
+
+    /// As [`Kernel::launch`], with a pointer to each argument.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`], and the arguments must be there to read until this returns.
+    #[inline]
+    pub unsafe fn launch_pointers(
+        &self,
+        stream: &Stream,
+        launch: Launch,
+        pointers: &mut [*mut c_void],
+    ) -> Result<()> {
+        let device = device(stream.device)?;
+        let _entered = device.enter()?;
+        let handle = self.handle(device)?;
         if launch.cluster > 1 || launch.programmatic {
             // SAFETY: the handle is of a loaded module; the caller vouches for the arguments.
-            return unsafe { launch_with_attributes(handle, stream, launch, &mut pointers) };
+            return unsafe { launch_with_attributes(handle, stream, launch, pointers) };
         }
         // SAFETY: as above.
         unsafe {
@@ -234,7 +249,7 @@ impl Kernel {
                 (launch.threads, 1, 1),
                 launch.shared,
                 stream.handle.cast(),
-                &mut pointers[..arguments.len],
+                pointers,
             )
         }
         .named("cuLaunchKernel")
@@ -359,7 +374,11 @@ mod tests {
         for (family, image) in images_for(70) {
             assert!(image.is_none(), "{family}: {image:?}");
         }
-        // A GPU newer than any image runs the newest one that is not architecture-specific.
-        assert!(images_for(999).iter().all(|(_, image)| image.as_ref().is_some_and(|i| !i.ends_with('a'))));
+        // A GPU newer than any image runs the newest one that is not architecture-specific, where there is one.
+        for (family, image) in images_for(999) {
+            let general = IMAGES.iter().any(|i| i.family == family && !i.specific);
+            assert_eq!(image.is_some(), general, "{family}: {image:?}");
+            assert!(image.is_none_or(|i| !i.ends_with('a')), "{family}");
+        }
     }
 }

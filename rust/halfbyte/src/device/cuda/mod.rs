@@ -1,13 +1,18 @@
 //! The CUDA driver: found at run time, used through the primary context that torch and everybody else uses.
 //!
-//! Nothing here allocates device memory, creates a stream or synchronizes. The caller's current context is left as it was.
+//! Nothing here but [`Managed`] allocates device memory, creates a stream or synchronizes. The caller's current context is left as it was.
 
 mod context;
 mod error;
 mod kernel;
+mod managed;
+mod tensor_map;
 
 pub use context::{Device, capture_of, device, device_count, driver_version};
 pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
+pub use managed::{Managed, check_reachable, is_reachable, memory_left, prefetch};
+pub(crate) use tensor_map::{Around, MapElement, matrix};
+pub use tensor_map::{TensorMap, byte_matrix};
 
 use std::ffi::c_void;
 

@@ -8,11 +8,14 @@ use crate::layout::check_four_bit_block;
 
 use super::group::GroupPiece;
 use super::matmul_small::{MATMUL_MMA, MmaPlan, mma_values};
-use super::matmul_stream;
 use super::{aligned, kind_number};
+use super::{matmul_stream, matmul_wgmma};
 
-/// Most rows of activations that [`matmul`] takes.
+/// Most rows of activations that [`matmul`] takes where there is nothing better than `mma.sync`.
 const MOST_ROWS: usize = 32;
+
+/// Most rows on compute capability 9.0: from here on a dense product is faster, although the weight is dequantized for it.
+const MOST_ROWS_WGMMA: usize = 128;
 
 /// Smallest block that the tensor-core kernel takes: its step along K.
 pub(super) const MMA_STEP: usize = 64;
@@ -25,10 +28,14 @@ pub(super) static MATMUL_SIMT: [Kernel; 3] = [
 
 /// Whether [`matmul`] takes a product of this shape (M, N, K) and type on a device: false where dequantizing the weight and a
 /// dense product is the better way. A pure function of its arguments and of what the device is.
-pub fn fused(ordinal: i32, _dtype: Dtype, (m, n, k): (usize, usize, usize), block: usize) -> Result<bool> {
+pub fn fused(ordinal: i32, dtype: Dtype, (m, n, k): (usize, usize, usize), block: usize) -> Result<bool> {
     check_four_bit_block(block)?;
-    device(ordinal)?;
-    Ok(m <= MOST_ROWS && i32::try_from(n.max(k)).is_ok())
+    Ok(m <= most_rows(device(ordinal)?, dtype, k, block) && i32::try_from(n.max(k)).is_ok())
+}
+
+fn most_rows(gpu: &Device, dtype: Dtype, k: usize, block: usize) -> usize {
+    let wgmma = matmul_wgmma::fits(gpu, dtype) && tensor_cores(gpu, dtype, k, block, &[]);
+    if wgmma { MOST_ROWS_WGMMA } else { MOST_ROWS }
 }
 
 /// Whether the tensor-core kernels take activations of this type and K, and tensors that lie at these addresses.
@@ -62,8 +69,10 @@ pub unsafe fn matmul(
     out: Pointer,
 ) -> Result<()> {
     check_four_bit_block(block)?;
-    if m > MOST_ROWS {
-        return Err(Error::shape("x", format!("at most [{MOST_ROWS}, K] on CUDA"), format!("[{m}, {k}]")));
+    let gpu = device(stream.device)?;
+    let most = most_rows(gpu, dtype, k, block);
+    if m > most {
+        return Err(Error::shape("x", format!("at most [{most}, K] on this GPU"), format!("[{m}, {k}]")));
     }
     for (argument, size) in [("out", n), ("x", k)] {
         if size > i32::MAX as usize {
@@ -73,27 +82,33 @@ pub unsafe fn matmul(
     if m == 0 || n == 0 {
         return Ok(());
     }
-    let gpu = device(stream.device)?;
-    let arguments = Arguments::default()
-        .u64(x)
-        .u64(packed)
-        .scales(absmax)
-        .u64(bias.unwrap_or(0))
-        .u64(out)
-        .u32(m as u32)
-        .u32(n as u32)
-        .u32(k as u32)
-        .u32(block.trailing_zeros());
     let tensor_cores = tensor_cores(gpu, dtype, k, block, &[x, packed]);
     if tensor_cores && matmul_stream::fits(gpu, dtype, m) {
         let piece = GroupPiece { n, packed, absmax, bias, out };
         // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
         return unsafe { matmul_stream::launch(stream, gpu, dtype, x, (m, k), &[piece], kind, block) };
     }
+    if tensor_cores && matmul_wgmma::fits(gpu, dtype) {
+        let piece = GroupPiece { n, packed, absmax, bias, out };
+        // SAFETY: as above.
+        return unsafe { matmul_wgmma::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block) };
+    }
+    let arguments = |x: Pointer, out: Pointer, m: usize| {
+        Arguments::default()
+            .u64(x)
+            .u64(packed)
+            .scales(absmax)
+            .u64(bias.unwrap_or(0))
+            .u64(out)
+            .u32(m as u32)
+            .u32(n as u32)
+            .u32(k as u32)
+            .u32(block.trailing_zeros())
+    };
     if tensor_cores {
         let plan = MmaPlan::new(m, n, k, gpu.multiprocessors, gpu.shared_memory);
         let (values, gain) = mma_values(kind, dtype);
-        let arguments = values.into_iter().fold(arguments, Arguments::u64).u32((1.0 / gain).to_bits());
+        let arguments = values.into_iter().fold(arguments(x, out, m), Arguments::u64).u32((1.0 / gain).to_bits());
         let mut arguments = arguments.u32(plan.tiles_per_block).u32(plan.tiles_per_pass);
         let kernel = &MATMUL_MMA[dtype_index(dtype)][usize::from(absmax.is_nested())][usize::from(m > 8)];
         // SAFETY: the arguments are those of `matmul_4bit_mma_*`; the caller vouches for the pointers.
@@ -101,7 +116,12 @@ pub unsafe fn matmul(
     }
     let launch = Launch::new((n.div_ceil(THREADS as usize / 32) as u32, 1), THREADS);
     let vectors = k.is_multiple_of(8) && aligned(&[(x, 16), (packed, 4)]);
-    let mut arguments = arguments.u32(kind_number(kind)).u32(u32::from(vectors));
-    // SAFETY: the arguments are those of `matmul_4bit_simt_*`; the caller vouches for the pointers.
-    unsafe { MATMUL_SIMT[dtype_index(dtype)].launch(stream, launch, &mut arguments) }
+    for row in (0..m).step_by(MOST_ROWS) {
+        let at = |base: Pointer, width: usize| base + (row * width * dtype.size()) as u64;
+        let mut arguments =
+            arguments(at(x, k), at(out, n), MOST_ROWS.min(m - row)).u32(kind_number(kind)).u32(u32::from(vectors));
+        // SAFETY: the arguments are those of `matmul_4bit_simt_*`; the caller vouches for the pointers.
+        unsafe { MATMUL_SIMT[dtype_index(dtype)].launch(stream, launch, &mut arguments)? };
+    }
+    Ok(())
 }

@@ -6,6 +6,7 @@ mod group;
 mod matmul;
 mod matmul_small;
 mod matmul_stream;
+mod matmul_wgmma;
 mod search;
 
 pub use elementwise::{dequantize, quantize};
@@ -22,6 +23,7 @@ use elementwise::{DEQUANTIZE, QUANTIZE};
 use matmul::MATMUL_SIMT;
 use matmul_small::MATMUL_MMA;
 use matmul_stream::STREAM;
+use matmul_wgmma::WGMMA;
 use search::{ENCODE, SEARCH};
 
 /// NF4 is 0 and FP4 is 1 on the device.
@@ -63,6 +65,7 @@ pub fn kernels() -> Vec<&'static Kernel> {
         .chain(&MATMUL_SIMT)
         .chain(mma)
         .chain(&STREAM)
+        .chain(WGMMA.iter().flatten().flatten().flatten())
         .chain(experts::kernels())
         .collect()
 }

@@ -1,0 +1,414 @@
+// out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] for M from 9 on straight from packed 4-bit weights, on the warpgroup's matrix multiply.
+//
+//   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
+//
+// For sm_90a alone. A block of threads has ROWS (128 or 256) rows of weights, TOKENS (16 … 128) rows of x and all of K, or the part of
+// it that is its own in a cluster. Weights are the operand in registers, so that they go from packed bytes to the tensor cores without
+// being stored again; x is the one in shared memory:
+//
+//             K →   stage of 256           stage of 256
+//   rows            [ 64 | 64 | 64 | 64 ]  [ …                one box of the tensor copy: ROWS × 128 bytes, swizzled
+//   tokens          [ 64 | 64 | 64 | 64 ]  [ …                boxes of TOKENS × 64 elements, in a ring of their own
+//
+// A unit of work is 64 rows × 64 of K of one warpgroup: four MMAs into fresh sums, which are then multiplied with the rows' scales and
+// added to the fp32 sums that stay: a lane's rows are in one block of scales throughout. While the tensor cores have a unit, the
+// warpgroup decodes the next one and adds the sums of the one before (for TOKENS = 128, where registers do not hold two, of this one).
+//
+// Decoding is one look-up a byte. Slots 2t, 2t + 1 of an MMA's K are elements 2t, 2t + 1 of eight, so lane t takes byte t of each word of a
+// row. The pair of byte b for a lane is at 64 K + 256 · b + 4 · lane: one byte permutation makes the address, every lane has a bank of its own,
+// and the other 128 bytes of each 256 are free: they hold the scales of the ring's stages, four a row.
+//
+// Warps: 0 copies weights, 1 copies x, 2 and 3 see to the scales; then WARPGROUPS × 4 that compute. With more of these than
+// rows need, they share the units along K and their sums are added at the end, by way of shared memory; so are those of a cluster's
+// blocks. All in fixed order: results are equal from run to run.
+//
+// Programmatic dependent launch: the table is made and the first weights are fetched into the L2 before the kernel waits for the one
+// ahead of it.
+//
+// Shared memory, by address: barriers, map; ring at 16 K; table at 64 K; ring at 128 K.
+// Bytes: N·K / 2 + scales + 2·M·K (from the L2) a row of blocks + 2·M·N.
+#include "async_copy.cuh"
+#include "mma.cuh"
+#include "shared.cuh"
+#include "wgmma.cuh"
+
+#if !defined(ELEMENT) || !defined(TOKENS)
+#error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=16, 32, 64 or 128"
+#endif
+
+constexpr u32 STAGE_K = 256;  // of weights
+constexpr u32 LOW_AT = 16 * 1024, TABLE_AT = 64 * 1024, HIGH_AT = 128 * 1024;
+constexpr u32 LOW_BYTES = TABLE_AT - LOW_AT, HIGH_BYTES = 96 * 1024;
+constexpr u32 SERVING = 128;  // threads
+constexpr u32 MOST_STAGES = 12;
+
+// What a block of threads is made of.
+template <u32 ROW_GROUPS, u32 K_GROUPS, u32 TILES> struct Shape {
+    static constexpr u32 ROWS = 64 * ROW_GROUPS * TILES;
+    static constexpr u32 COMPUTING = ROW_GROUPS * K_GROUPS;  // warpgroups
+    static constexpr u32 THREADS = SERVING + COMPUTING * 128;
+    // Weights and activations have rings on either side of the table.
+    static constexpr bool WEIGHTS_HIGH = TOKENS <= 32 || TILES == 2;
+    static constexpr u32 WEIGHTS_AT = WEIGHTS_HIGH ? HIGH_AT : LOW_AT, X_AT = WEIGHTS_HIGH ? LOW_AT : HIGH_AT;
+    static constexpr u32 STAGE_BYTES = ROWS * STAGE_K / 2;
+    static constexpr u32 STAGES = (WEIGHTS_HIGH ? HIGH_BYTES : LOW_BYTES) / STAGE_BYTES;
+    static constexpr u32 BOX_BYTES = TOKENS * 128;             // 64 of K
+    static constexpr u32 X_BOXES = TOKENS <= 16 ? 4 : TOKENS == 32 || (TOKENS == 64 && TILES == 1) ? 2 : 1;  // that come together
+    static constexpr u32 X_BYTES = BOX_BYTES * X_BOXES;
+    static constexpr u32 X_ALL = (WEIGHTS_HIGH ? LOW_BYTES : HIGH_BYTES) / X_BYTES;
+    static constexpr u32 X_STAGES = X_ALL < MOST_STAGES ? X_ALL : MOST_STAGES;
+    static constexpr bool TWO_SUMS = TOKENS <= 64;             // of units under way
+    // Together no more than the block has from the start: 640 × 96 or 384 × 168.
+    static constexpr u32 GIVEN = COMPUTING == 4 ? 64 : 56, TAKEN = COMPUTING == 4 ? 104 : 224;
+    static_assert(STAGES >= 3 && STAGES <= MOST_STAGES && X_STAGES >= 3 && STAGES * (ROWS / 8) <= 256, "rings");
+};
+
+struct Problem {
+    const void* absmax;   // fp32 [N·K >> log2_block], or u8 codes if `nested`
+    const float* nested;  // fp32, one for 2^nested_shift codes; null when plain
+    const float* map;     // fp32 [256]
+    const float* offset;  // fp32 [1]
+    const ELEMENT* bias;  // [N] or null
+    ELEMENT* out;         // [M, N]
+    u32 M, N, K;          // K % 64 = 0
+    u32 log2_block;       // 6 … 12
+    u32 nested_shift;
+    float ungain;         // what the sums are multiplied with: 1 / the gain of the values
+};
+
+// A ring's place and the parity of its turn.
+template <u32 STAGES> struct Turn {
+    u32 stage = 0, parity = 0;
+    DEVICE void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+DEVICE u32 element(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Where the four scales of a row of a stage lie: in the gaps of the table.
+template <u32 ROWS> DEVICE u32 scales_at(u32 table, u32 stage, u32 row) {
+    return table + (stage * (ROWS / 8) + row / 8) * 256 + 128 + row % 8 * 16;
+}
+
+// The scales of stages [first, last) of rows from row0 on, by two warps; a lane has ROWS / 64 rows.
+template <class S> struct ScaleServer {
+    static constexpr u32 EACH = S::ROWS / 64;
+    const Problem& p;
+    u32 row0, first, last, blocks, table, full, empty, thread;  // thread: 0 … 63
+
+    DEVICE u32 row(u32 i) const { return i * 64 + thread; }
+    DEVICE u64 block(u32 i, u32 stage) const { return u64(row0 + row(i)) * blocks + stage * 4; }
+
+    // Plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
+    DEVICE void whole() const {
+        Turn<S::STAGES> turn;
+        for (u32 stage = first; stage < last; ++stage, turn.next()) {
+            barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
+#pragma unroll
+            for (u32 i = 0; i < EACH; ++i) {
+                const bool valid = row0 + row(i) < p.N;
+                copy16(scales_at<S::ROWS>(table, turn.stage, row(i)), static_cast<const float*>(p.absmax) + (valid ? block(i, stage) : 0), valid);
+            }
+            barrier_arrive_copies(full + turn.stage * 8);
+        }
+    }
+
+    // Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes; loads run AHEAD stages ahead.
+    DEVICE void nested(const float* map) const {
+        constexpr u32 AHEAD = 2;
+        const float offset = __ldg(p.offset);
+        u32 codes[AHEAD][EACH];
+        float scale[AHEAD][EACH];
+        auto fetch = [&](u32 (&to)[EACH], float (&s)[EACH], u32 stage) {
+#pragma unroll
+            for (u32 i = 0; i < EACH; ++i) {
+                const bool valid = row0 + row(i) < p.N && stage < last;
+                to[i] = valid ? __ldg(reinterpret_cast<const u32*>(static_cast<const u8*>(p.absmax) + block(i, stage))) : 0;
+                s[i] = valid ? __ldg(p.nested + (block(i, stage) >> p.nested_shift)) : 0.f;
+            }
+        };
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; ++a) fetch(codes[a], scale[a], first + a);
+        Turn<S::STAGES> turn;
+        for (u32 base = first; base < last; base += AHEAD) {
+#pragma unroll
+            for (u32 a = 0; a < AHEAD; ++a) {
+                const u32 stage = base + a;
+                if (stage >= last) break;
+                barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
+#pragma unroll
+                for (u32 i = 0; i < EACH; ++i) {
+                    const bool valid = row0 + row(i) < p.N;
+                    auto get = [&](u32 j) { return valid ? fmaf(map[codes[a][i] >> 8 * j & 0xff], scale[a][i], offset) : 0.f; };
+                    store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), make_float4(get(0), get(1), get(2), get(3)));
+                }
+                barrier_arrive(full + turn.stage * 8);
+                fetch(codes[a], scale[a], stage + AHEAD);
+                turn.next();
+            }
+        }
+    }
+
+    // Any scales. Blocks beyond the row get 0.
+    DEVICE void any() const {
+        const u32 fold = p.log2_block - 6;
+        const Scales scales{p.absmax, p.nested, p.map, p.offset, p.nested_shift};
+        Turn<S::STAGES> turn;
+        for (u32 stage = first; stage < last; ++stage, turn.next()) {
+            barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
+#pragma unroll 1
+            for (u32 i = 0; i < EACH; ++i) {
+                float s[4];
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j)
+                    s[j] = row0 + row(i) < p.N && stage * 4 + j < blocks ? scales.get(block(i, stage) + j >> fold) : 0.f;
+                store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), make_float4(s[0], s[1], s[2], s[3]));
+            }
+            barrier_arrive(full + turn.stage * 8);
+        }
+    }
+};
+
+template <u32 ROW_GROUPS, u32 K_GROUPS, u32 TILES>
+DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const Values& values, const Problem& p) {
+    using S = Shape<ROW_GROUPS, K_GROUPS, TILES>;
+    __shared__ __align__(8) u64 barriers[4 * MOST_STAGES];
+    __shared__ float map[256];
+    extern __shared__ __align__(1024) u8 dynamic[];
+    let_dependents_start();
+
+    const u32 lane = threadIdx.x % WARP, warp = __shfl_sync(ALL_LANES, threadIdx.x / WARP, 0);
+    const u32 ranks = cluster_size(), rank = cluster_rank();
+    const u32 row0 = blockIdx.x / ranks * S::ROWS, token0 = blockIdx.y * TOKENS;
+    const u32 blocks = p.K / 64, all_stages = (p.K + STAGE_K - 1) / STAGE_K;
+    const u32 first = all_stages * rank / ranks, last = all_stages * (rank + 1) / ranks;
+    const u32 begin = shared_begin(dynamic), table = begin + TABLE_AT;
+    const u32 full = shared_address(barriers), empty = full + MOST_STAGES * 8;
+    const u32 x_full = empty + MOST_STAGES * 8, x_empty = x_full + MOST_STAGES * 8;
+
+    if (warp == 0) {
+        if (lane < S::STAGES) barrier_init(full + lane * 8, 1 + 2 * WARP), barrier_init(empty + lane * 8, S::COMPUTING * 4);
+        if (lane < S::X_STAGES) barrier_init(x_full + lane * 8, 1), barrier_init(x_empty + lane * 8, S::COMPUTING * 4);
+        barrier_init_fence();
+        if (lane == 0) prefetch_map(weights_map), prefetch_map(x_map);
+        if (lane < S::STAGES && first + lane < last) prefetch_box(weights_map, (first + lane) * (STAGE_K / 2), row0);
+    }
+    // The table: four lanes' copies of a pair at a time.
+    for (u32 i = threadIdx.x; i < 256 * 8; i += S::THREADS) {
+        const u32 byte = i / 8, pair = values.get(byte / 16) | values.get(byte % 16) << 16;
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(table + byte * 256 + i % 8 * 16), "r"(pair) : "memory");
+    }
+    __syncthreads();
+
+    if (warp < SERVING / WARP) {
+        fewer_registers<S::GIVEN>();
+        wait_for_predecessors();
+        if (warp == 0) {
+            Turn<S::STAGES> turn;
+            for (u32 stage = first; stage < last; ++stage, turn.next()) {
+                barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
+                if (lane == 0) {
+                    barrier_expect(full + turn.stage * 8, S::STAGE_BYTES);
+                    copy_box(begin + S::WEIGHTS_AT + turn.stage * S::STAGE_BYTES, weights_map, full + turn.stage * 8, stage * (STAGE_K / 2), row0);
+                }
+                __syncwarp();
+            }
+        } else if (warp == 1) {
+            Turn<S::X_STAGES> turn;
+            for (u32 k = first * STAGE_K; k < last * STAGE_K; k += S::X_BOXES * 64, turn.next()) {
+                barrier_wait(x_empty + turn.stage * 8, turn.parity ^ 1);
+                if (lane == 0) {
+                    barrier_expect(x_full + turn.stage * 8, S::X_BYTES);
+#pragma unroll
+                    for (u32 i = 0; i < S::X_BOXES; ++i)
+                        copy_box(begin + S::X_AT + turn.stage * S::X_BYTES + i * S::BOX_BYTES, x_map, x_full + turn.stage * 8, k + i * 64, token0);
+                }
+                __syncwarp();
+            }
+        } else {
+            const ScaleServer<S> server{p, row0, first, last, blocks, table, full, empty, threadIdx.x - 2 * WARP};
+            const bool fours = p.log2_block == 6 && blocks % 4 == 0;
+            const u64 at = reinterpret_cast<u64>(p.absmax);
+            if (p.nested == nullptr && fours && at % 16 == 0) {
+                server.whole();
+            } else if (p.nested != nullptr && fours && at % 4 == 0 && p.nested_shift >= 2) {
+                for (u32 i = threadIdx.x - 2 * WARP; i < 256; i += 2 * WARP) map[i] = __ldg(p.map + i);
+                named_barrier(2, 2 * WARP);
+                server.nested(map);
+            } else {
+                server.any();
+            }
+        }
+    } else {
+        more_registers<S::TAKEN>();
+        const u32 g = lane / 4, t = lane % 4, group = warp / 4 - 1;
+        const u32 row_group = group % ROW_GROUPS, k_group = group / ROW_GROUPS;
+        const u32 my_row = row_group * (64 * TILES) + warp % 4 * 16 + g;  // of tile 0; tiles are 64 rows apart
+        const u32 table_lane = table + lane * 4, selector = 0x7604 | t << 4;
+        auto look_up = [&](u32 word) {
+            u32 pair;
+            asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(__byte_perm(word, table_lane, selector)));
+            return pair;
+        };
+        constexpr u32 UNITS = 4 / K_GROUPS * TILES;  // of a stage
+        constexpr u32 HELD = S::TWO_SUMS ? 2 : 1;
+        float sums[TILES][TOKENS / 2], fresh[HELD][TOKENS / 2];
+        u32 a[2][4][4];
+        float4 scales[2][TILES][2];  // of this stage and of the next one
+#pragma unroll
+        for (u32 i = 0; i < TILES; ++i)
+#pragma unroll
+            for (u32 j = 0; j < TOKENS / 2; ++j) sums[i][j] = 0.f;
+
+        Turn<S::STAGES> turn;
+        Turn<S::X_STAGES> x_turn;
+        // Unit u of a stage: which 64 of its K, and which tile.
+        auto k_of = [&](u32 u) { return u / TILES * K_GROUPS + k_group; };
+
+        auto decode = [&](u32 (&to)[4][4], u32 u) {
+            const u32 at = begin + S::WEIGHTS_AT + turn.stage * S::STAGE_BYTES + (my_row + u % TILES * 64) * 128 + g * 16;
+            const u32 chunk = k_of(u) * 32;
+            const uint4 low0 = load_uint4(at ^ chunk), low1 = load_uint4((at ^ chunk) + 8 * 128);
+            const uint4 high0 = load_uint4(at ^ chunk + 16), high1 = load_uint4((at ^ chunk + 16) + 8 * 128);
+#pragma unroll
+            for (u32 s = 0; s < 4; ++s) {
+                const uint4 even = s < 2 ? low0 : high0, odd = s < 2 ? low1 : high1;
+                to[s][0] = look_up(element(even, s % 2 * 2)), to[s][1] = look_up(element(odd, s % 2 * 2));
+                to[s][2] = look_up(element(even, s % 2 * 2 + 1)), to[s][3] = look_up(element(odd, s % 2 * 2 + 1));
+            }
+        };
+        auto load_scales = [&](float4 (&to)[TILES][2]) {
+#pragma unroll
+            for (u32 i = 0; i < TILES; ++i) {
+                const u32 at = scales_at<S::ROWS>(table, turn.stage, my_row + i * 64);
+                to[i][0] = load_float4(at), to[i][1] = load_float4(at + 256);
+            }
+        };
+        auto add = [&](float (&to)[TOKENS / 2], const float (&d)[TOKENS / 2], const float4 (&s)[2], u32 k) {
+            const float low = element(s[0], k), high = element(s[1], k);
+#pragma unroll
+            for (u32 j = 0; j < TOKENS / 2; j += 4) {
+                to[j] = fmaf(d[j], low, to[j]), to[j + 1] = fmaf(d[j + 1], low, to[j + 1]);
+                to[j + 2] = fmaf(d[j + 2], high, to[j + 2]), to[j + 3] = fmaf(d[j + 3], high, to[j + 3]);
+            }
+        };
+        auto scale_of = [&](u32 u, auto&& f) {  // f(k as a constant of the loop over both groups)
+            if (K_GROUPS == 1) f(u / TILES);
+            else if (k_group == 0) f(u / TILES * 2);
+            else f(u / TILES * 2 + 1);
+        };
+
+        if (first < last) {
+            barrier_wait(full, 0);
+            load_scales(scales[0]);
+            decode(a[0], 0);
+        }
+        for (u32 stage = first; stage < last; ++stage) {
+#pragma unroll
+            for (u32 u = 0; u < UNITS; ++u) {
+                constexpr u32 PER_X = S::X_BOXES / K_GROUPS * TILES;  // units with one turn of x
+                if (u % PER_X == 0) barrier_wait(x_full + x_turn.stage * 8, x_turn.parity);
+                const u32 b = begin + S::X_AT + x_turn.stage * S::X_BYTES + k_of(u) % S::X_BOXES * S::BOX_BYTES;
+                const u64 operand = swizzled_operand(b);
+                auto& d = fresh[S::TWO_SUMS ? u % 2 : 0];
+                mma_fence();
+#pragma unroll
+                for (u32 s = 0; s < 4; ++s)
+                    Wgmma<ELEMENT, TOKENS>::add(d, a[u % 2][s], operand + 2 * s, s == 0);
+                mma_commit();
+
+                auto finish = [&](u32 v) {  // unit v, maybe UNITS - 1 of the stage before
+                    auto& done = fresh[S::TWO_SUMS ? v % 2 : 0];
+                    pin(done);
+#pragma unroll
+                    for (u32 s = 0; s < 4; ++s)
+#pragma unroll
+                        for (u32 i = 0; i < 4; ++i) asm volatile("" : "+r"(a[v % 2][s][i]));
+                };
+                auto advance = [&] {  // decodes the unit after this one
+                    if (u + 1 < UNITS) {
+                        decode(a[(u + 1) % 2], u + 1);
+                        if (u + 2 == UNITS) {
+                            // All of the stage is in registers.
+                            __syncwarp();
+                            if (lane == 0) barrier_arrive(empty + turn.stage * 8);
+                            turn.next();
+                        }
+                    } else if (stage + 1 < last) {
+                        barrier_wait(full + turn.stage * 8, turn.parity);
+                        load_scales(scales[1]);
+                        decode(a[(u + 1) % 2], 0);
+                    }
+                };
+                auto complete = [&](u32 v) {  // unit v, which is done
+                    finish(v);
+                    if ((v + 1) % PER_X == 0 && lane == 0) {
+                        const u32 x_stage = v == u ? x_turn.stage : x_turn.stage == 0 ? S::X_STAGES - 1 : x_turn.stage - 1;
+                        barrier_arrive(x_empty + x_stage * 8);
+                    }
+                    scale_of(v, [&](u32 k) { add(sums[v % TILES], fresh[S::TWO_SUMS ? v % 2 : 0], scales[0][v % TILES], k); });
+                };
+                // At the end of a stage nothing is under way: ptxas follows sums of the tensor cores through straight code only.
+                if (S::TWO_SUMS && u > 0) mma_wait<1>(), complete(u - 1);
+                advance();
+                if (!S::TWO_SUMS || u + 1 == UNITS) mma_wait<0>(), complete(u);
+                if ((u + 1) % PER_X == 0) x_turn.next();
+            }
+#pragma unroll
+            for (u32 i = 0; i < TILES; ++i) scales[0][i][0] = scales[1][i][0], scales[0][i][1] = scales[1][i][1];
+        }
+
+        // Sums of this block: [k group][token][row], padded so that a warp's lie in different banks.
+        constexpr u32 PITCH = S::ROWS + 4;
+        const u32 partial = begin + HIGH_AT;
+        named_barrier(1, S::COMPUTING * 128);  // nobody reads the ring any more
+#pragma unroll
+        for (u32 i = 0; i < TILES; ++i)
+#pragma unroll
+            for (u32 j = 0; j < TOKENS / 2; ++j) {
+                const u32 token = j / 4 * 8 + 2 * t + j % 2, row = my_row + i * 64 + j / 2 % 2 * 8;
+                store_float(partial + ((k_group * TOKENS + token) * PITCH + row) * 4, sums[i][j]);
+            }
+        named_barrier(1, S::COMPUTING * 128);
+    }
+
+    // Each block of a cluster adds a part of the sums of all.
+    if (ranks > 1) cluster_arrive(), cluster_wait();
+    if (warp >= SERVING / WARP) {
+        constexpr u32 PITCH = S::ROWS + 4;
+        const u32 thread = threadIdx.x - SERVING;
+        for (u32 i = rank * (S::COMPUTING * 128) + thread; i < TOKENS * S::ROWS; i += ranks * S::COMPUTING * 128) {
+            const u32 token = i / S::ROWS, row = i % S::ROWS, n = row0 + row, m = token0 + token;
+            if (m >= p.M) break;
+            if (n >= p.N) continue;
+            float sum = 0.f;
+            for (u32 from = 0; from < ranks; ++from)
+#pragma unroll
+                for (u32 k = 0; k < K_GROUPS; ++k) {
+                    const u32 at = begin + HIGH_AT + ((k * TOKENS + token) * PITCH + row) * 4;
+                    sum += ranks == 1 ? load_float(at) : load_cluster_float(map_to_block(at, from));
+                }
+            sum *= p.ungain;
+            p.out[u64(m) * p.N + n] = from_float<ELEMENT>(p.bias == nullptr ? sum : sum + to_float(p.bias[n]));
+        }
+    }
+    if (ranks > 1) cluster_arrive(), cluster_wait();
+}
+
+#define ENTRY(rows, ROW_GROUPS, K_GROUPS, TILES)                                                                                \
+    KERNEL __launch_bounds__(Shape<ROW_GROUPS, K_GROUPS, TILES>::THREADS, 1)                                                    \
+        matmul_4bit_wgmma_r##rows(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x, u64 values0,  \
+                                  u64 values1, u64 values2, u64 values3, const __grid_constant__ Problem problem) {             \
+        product<ROW_GROUPS, K_GROUPS, TILES>(weights, x, Values{{values0, values1, values2, values3}}, problem);                \
+    }
+#if TOKENS <= 32
+ENTRY(128, 2, 2, 1)
+ENTRY(256, 4, 1, 1)
+#elif TOKENS == 64
+ENTRY(128, 2, 1, 1)
+ENTRY(256, 2, 1, 2)
+#else
+ENTRY(128, 2, 1, 1)
+#endif

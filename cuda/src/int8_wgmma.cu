@@ -1,0 +1,278 @@
+// out[m, n] = Σ_k q[m, k] · w[n, k], exact, times the scales of row m and of weight n, plus what outliers add and the bias: int8
+// on Hopper's tensor cores.
+//
+//   q int8 [M, K], w int8 [N, K], both at multiples of 16 bytes and K % 16 = 0; out [M, N]; for I32 the sums themselves
+//
+// Weights are the A operand (64 rows a warpgroup), tokens the B operand (TOKENS columns), so that few tokens cost little and the
+// sums of out's row m are spread over a warp's lanes. A block has tiles of `rows` ≤ 128 weights × TOKENS tokens, one after another:
+//
+//   a warp        fills a ring of stages by the tensor memory accelerator: rows × 128 bytes of w, TOKENS × 128 bytes of q
+//   three warps   gather outliers, if there are any (int8_tiles.cuh)
+//   1 or 2 groups multiply: 64 weights × TOKENS tokens each, sums in registers
+//
+// Programmatic dependent launch: the first of the weights are fetched into the L2 (where a late write to them would still be seen)
+// before the kernel waits for the one ahead of it. Where a multiprocessor has room for two blocks, the next launch's are there by then.
+//
+// Bytes: N·K + M·K (a tile's from the L2 for each tile beside it) + out.
+#include "int8_tiles.cuh"
+
+constexpr u32 PART = TOKENS < 64 ? TOKENS : 64;  // tokens whose results go through shared memory at a time
+
+
+// Shared memory behind the ring: entries, results of a group, then scales of the tokens for each group and the window.
+constexpr u32 RESULTS = PART * 128;
+
+struct Problem {
+    const float* row_stats;     // [M]
+    const float* column_stats;  // [N]
+    const Float* bias;          // [N] or null
+    ELEMENT* out;               // [M, N]
+    const Float* x;             // [M, K]
+    const u8* q;                // [M, K]
+    const u8* w;                // [N, K]
+    const u32* outliers;        // [K / 32] or null
+    u32 M, N, K;
+    u32 rows;                   // weights of a tile, a multiple of 8
+    u32 stages;
+    u32 group;                  // tiles of tokens that are gone through for each tile of weights
+};
+
+struct Tile { u32 weights, tokens; };  // where it begins
+
+struct Tiles {
+    u32 across, down, group, rows;
+    DEVICE explicit Tiles(const Problem& p) : group(p.group), rows(p.rows) {
+        across = (p.N + rows - 1) / rows;
+        down = (p.M + TOKENS - 1) / TOKENS;
+    }
+    DEVICE u32 count() const { return across * down; }
+    DEVICE Tile get(u32 i) const {
+        const u32 first = i / (group * across) * group, inner = i % (group * across), width = min(group, down - first);
+        return {inner / width * rows, (first + inner % width) * TOKENS};
+    }
+};
+
+DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+// Writes a warpgroup's tile of 16-bit results: through shared memory at `at`, so that a token's 64 weights are written together.
+template <class T>
+DEVICE void write(const Problem& p, T* out, const float (&f)[TOKENS / 2], Tile tile, u32 end, u32 group, u32 thread, u8* at) {
+    const u32 lane = thread % WARP, warp = thread / WARP, base = shared_address(at);
+    const bool wide = p.N % 8 == 0 && reinterpret_cast<u64>(out) % 16 == 0;
+#pragma unroll
+    for (u32 part = 0; part < TOKENS; part += PART) {
+        if (part > 0) named_barrier(1 + group, 128);
+#pragma unroll
+        for (u32 j = 0; j < PART / 8; j += 2) {
+            const u32 token = (j + lane / 16) * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+            const float* v = f + (part / 8 + j) * 4;
+            store_transposed(base + token * 128 + (chunk ^ token % 8) * 16, Pack<T>::two(v[0], v[1]), Pack<T>::two(v[2], v[3]),
+                             Pack<T>::two(v[4], v[5]), Pack<T>::two(v[6], v[7]));
+        }
+        named_barrier(1 + group, 128);
+#pragma unroll
+        for (u32 i = 0; i < PART * 8; i += 128) {
+            const u32 token = (i + thread) / 8, chunk = (i + thread) % 8, m = tile.tokens + part + token;
+            const u32 n = tile.weights + group * 64 + chunk * 8;
+            if ((PART * 8 >= 128 || thread < PART * 8) && m < p.M && n < end) {
+                const uint4 eight = *reinterpret_cast<const uint4*>(at + token * 128 + (chunk ^ token % 8) * 16);
+                T* to = out + u64(m) * p.N + n;
+                if (wide && n + 8 <= end) {
+                    *reinterpret_cast<uint4*>(to) = eight;
+                } else {
+                    const u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+                    for (u32 e = 0; e < 8; ++e)
+                        if (n + e < end) to[e] = T{u16(words[e / 2] >> e % 2 * 16)};
+                }
+            }
+        }
+    }
+}
+
+// 32-bit results: eight lanes have neighbouring weights of a token, which fill a sector.
+template <class T, class V>
+DEVICE void write_wide(const Problem& p, T* out, const V (&v)[TOKENS / 2], Tile tile, u32 end, u32 row, u32 t) {
+#pragma unroll
+    for (u32 j = 0; j < TOKENS / 8; ++j) {
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e) {
+            const u32 m = tile.tokens + j * 8 + 2 * t + e % 2, n = tile.weights + row + e / 2 * 8;
+            if (m < p.M && n < end) out[u64(m) * p.N + n] = T{v[4 * j + e]};
+        }
+    }
+}
+
+// The entries of all tiles of a block, by HELPERS threads; o_full and the barriers behind it: o_empty, listed.
+DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 stride, u32* list, u32& outlier_count, u8* to_w, u8* to_x,
+                           u32 o_full, u32 thread) {
+    u32 window = 0;
+    auto relist = [&] {
+        named_barrier(5, HELPERS);
+        if (thread < WARP) {
+            const u32 count = list_columns(p.outliers, p.K, window, list, thread);
+            if (thread == 0) outlier_count = count;
+        }
+        named_barrier(5, HELPERS);
+    };
+    relist();
+    if (thread == 0) barrier_arrive(o_full + 16);
+    const u32 count = outlier_count;
+    u32 parity = 0;
+    for (u32 i = first; i < tiles.count(); i += stride) {
+        const Tile tile = tiles.get(i);
+        const u32 tokens = min(TOKENS, p.M - tile.tokens), weights = min(p.rows, p.N - tile.weights);
+        auto left = [&](u32 token, u32 k) {
+            const u64 at = u64(tile.tokens + token) * p.K + k;
+            return residual(to_float(p.x[at]), byte_value(p.q[at], 0), p.row_stats[tile.tokens + token]);
+        };
+        for (u32 c = 0; c < count; c += COLUMNS) {
+            if (c < window || min(c + COLUMNS, count) > window + WINDOW) window = c, relist();
+            barrier_wait(o_full + 8, parity ^ 1);
+            parity ^= 1;
+            gather(list + (c - window), min(COLUMNS, count - c), p.w + u64(tile.weights) * p.K, p.K, weights, tokens, left, to_w, to_x, thread);
+            fence_for_mma();
+            barrier_arrive(o_full);
+        }
+    }
+}
+
+KERNEL __launch_bounds__(384, 1)
+    matmul_int8(const __grid_constant__ TensorMap w_map,  // boxes of `rows` × 128
+                const __grid_constant__ TensorMap q_map,  // boxes of TOKENS × 128
+                const float* row_stats, const float* column_stats, const Float* bias, ELEMENT* out, const Float* x, const u8* q,
+                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles,
+                u32 ahead) {  // boxes of weights that are fetched early
+    const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, M, N, K, rows, ring_stages, group_tiles};
+    extern __shared__ u8 dynamic[];
+    __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + 3];
+    __shared__ u32 outlier_count;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, groups = blockDim.x / 128 - 1;
+    const u32 full = shared_address(barriers), empty = full + MOST_STAGES * 8, o_full = empty + MOST_STAGES * 8;
+    const u32 o_empty = o_full + 8, listed = o_full + 16;
+    u8* const ring = dynamic + (0u - shared_address(dynamic) & 1023);
+    const u32 stage_bytes = (p.rows + TOKENS) * ROW, steps = (p.K + ROW - 1) / ROW;
+    u8* const outliers_w = ring + p.stages * stage_bytes;
+    u8* const outliers_x = outliers_w + OUTLIERS_W;
+    u8* const results = outliers_x + OUTLIERS_X;
+    float* const scales = reinterpret_cast<float*>(results + 2 * RESULTS);
+    u32* const list = reinterpret_cast<u32*>(scales + 2 * TOKENS);
+    const Tiles tiles(p);
+    const u32 first = blockIdx.x, stride = gridDim.x;
+
+    let_dependents_start();
+    if (warp == 0) {
+        if (lane < p.stages) barrier_init(full + lane * 8, 1), barrier_init(empty + lane * 8, groups * 4);
+        if (lane == 0) barrier_init(o_full, HELPERS), barrier_init(o_empty, groups * 4), barrier_init(listed, 1);
+        barrier_init_fence();
+    }
+    if (threadIdx.x == groups * 128) {
+        // The weights' first stages, into the L2 only, where a late write to them would still be seen.
+        prefetch_map(w_map), prefetch_map(q_map);
+        const Tile tile = tiles.get(first);
+        for (u32 i = 0; i < min(ahead, steps); ++i) prefetch_box(w_map, i * ROW, tile.weights);
+    }
+    wait_for_predecessors();
+    __syncthreads();
+
+    if (warp >= groups * 4) {
+        if constexpr (TOKENS == 256) fewer_registers<72>();
+        if (warp == groups * 4) {
+            if (lane == 0) {
+                const u32 to = shared_address(ring);
+                Turn turn;
+                for (u32 i = first; i < tiles.count(); i += stride) {
+                    const Tile tile = tiles.get(i);
+#pragma unroll 1
+                    for (u32 k = 0; k < steps; ++k) {
+                        barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
+                        const u32 barrier = full + turn.stage * 8, at = to + turn.stage * stage_bytes;
+                        barrier_expect(barrier, stage_bytes);
+                        copy_box(at, w_map, barrier, k * ROW, tile.weights);
+                        copy_box(at + p.rows * ROW, q_map, barrier, k * ROW, tile.tokens);
+                        turn.next(p.stages);
+                    }
+                }
+            }
+        } else if (SCALED && p.outliers != nullptr) {
+            serve_outliers(p, tiles, first, stride, list, outlier_count, outliers_w, outliers_x, o_full, threadIdx.x - groups * 128 - WARP);
+        }
+    } else {
+        if constexpr (TOKENS == 256) more_registers<216>();
+        const u32 group = warp / 4, thread = threadIdx.x % 128, g = lane / 4, t = lane % 4;
+        const u32 a_at = shared_address(ring) + group * 64 * ROW, b_at = shared_address(ring) + p.rows * ROW;
+        const u32 row = group * 64 + warp % 4 * 16 + g;
+        float* const my_scales = scales + group * TOKENS;
+        u32 count = 0, o_turn = 0;
+        bool asked = !SCALED || p.outliers == nullptr;
+        Turn turn;
+        for (u32 i = first; i < tiles.count(); i += stride) {
+            const Tile tile = tiles.get(i);
+            if constexpr (SCALED) {
+                named_barrier(1 + group, 128);  // the tile before this one has been written
+                for (u32 j = thread; j < TOKENS; j += 128)
+                    my_scales[j] = tile.tokens + j < p.M ? p.row_stats[tile.tokens + j] * (1.f / 127.f) : 0.f;
+            }
+            i32 sums[TOKENS / 2];
+#pragma unroll
+            for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0;
+            u32 before = 0;
+#pragma unroll 1
+            for (u32 k = 0; k < steps; ++k) {
+                barrier_wait(full + turn.stage * 8, turn.parity);
+                const u64 a = swizzled_operand(a_at + turn.stage * stage_bytes), b = swizzled_operand(b_at + turn.stage * stage_bytes);
+                mma_fence();
+#pragma unroll
+                for (u32 j = 0; j < ROW / 32; ++j) mma_s8<TOKENS>(sums, a + 2 * j, b + 2 * j);
+                mma_commit();
+                mma_wait<1>();
+                if (k > 0 && lane == 0) barrier_arrive(empty + before * 8);
+                before = turn.stage;
+                turn.next(p.stages);
+            }
+            mma_wait<0>();
+            pin(sums);
+            if (lane == 0) barrier_arrive(empty + before * 8);
+
+            const u32 end = min(p.N, tile.weights + p.rows);
+            if constexpr (!SCALED) {
+                write_wide(p, p.out, sums, tile, end, row, t);
+            } else {
+                named_barrier(1 + group, 128);
+                float f[TOKENS / 2];
+#pragma unroll
+                for (u32 j = 0; j < TOKENS / 8; ++j) {
+                    const float2 s = *reinterpret_cast<const float2*>(my_scales + j * 8 + 2 * t);
+                    f[4 * j] = float(sums[4 * j]) * s.x, f[4 * j + 1] = float(sums[4 * j + 1]) * s.y;
+                    f[4 * j + 2] = float(sums[4 * j + 2]) * s.x, f[4 * j + 3] = float(sums[4 * j + 3]) * s.y;
+                }
+                if (!asked) {
+                    barrier_wait(listed, 0);
+                    count = *static_cast<volatile u32*>(&outlier_count);
+                    asked = true;
+                }
+                for (u32 c = 0; c < count; c += COLUMNS) {
+                    barrier_wait(o_full, o_turn);
+                    o_turn ^= 1;
+                    add_outliers(f, shared_address(outliers_w), shared_address(outliers_x), group);
+                    if (lane == 0) barrier_arrive(o_empty);
+                }
+                const u32 n = tile.weights + row;
+                float s[2], b[2];
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h) {
+                    const bool valid = n + h * 8 < end;
+                    s[h] = valid ? p.column_stats[n + h * 8] * (1.f / 127.f) : 0.f;
+                    b[h] = valid && p.bias != nullptr ? to_float(p.bias[n + h * 8]) : 0.f;
+                }
+#pragma unroll
+                for (u32 j = 0; j < TOKENS / 2; ++j) f[j] = fmaf(f[j], s[j / 2 % 2], b[j / 2 % 2]);
+                if constexpr (sizeof(ELEMENT) == 2) write(p, p.out, f, tile, end, group, thread, results + group * RESULTS);
+                else write_wide(p, p.out, f, tile, end, row, t);
+            }
+        }
+    }
+}

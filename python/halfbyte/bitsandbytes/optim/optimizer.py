@@ -1,0 +1,5 @@
+"""``bitsandbytes.optim.optimizer``: the base classes and the manager."""
+
+from halfbyte.optim import GlobalOptimManager, MockArgs, Optimizer1State, Optimizer2State, Optimizer8bit
+
+__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]

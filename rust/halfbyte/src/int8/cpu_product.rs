@@ -1,0 +1,403 @@
+//! `a · bᵀ` of 8-bit codes on the CPU, written once for all instruction sets.
+//!
+//! ```text
+//! a, left    rows of codes, prepared once: biased or widened, and padded to whole vectors
+//! b, right   rows of codes as they are, a panel of PANEL rows by DEPTH columns in the second-level cache
+//! tile       ROWS rows of a (in the first-level cache) × 4 rows of b: as many vectors of sums as fit in registers
+//! ```
+//!
+//! A sum is the total of a vector's lanes, taken once for DEPTH columns. Integer sums wrap and so are the same in any order.
+//! Columns in floating point are gathered to fp32 for a panel and multiplied by broadcasting. Threads divide the rows of `b`,
+//! or of `a` where there are more; no result depends on how.
+
+use std::array;
+
+use super::cpu_dot::Dot;
+use super::reference::UNIT;
+use crate::device::cpu::{for_each_task, share};
+use crate::four_bit::cpu_lanes::Lanes;
+
+/// Rows of `b` that are worked on together. A multiple of 16 and of QUAD.
+pub(super) const PANEL: usize = 48;
+
+/// Columns that are worked on together, a multiple of every STEP.
+const DEPTH: usize = 4096;
+
+/// Rows of `a` that are worked on together.
+const TOGETHER: usize = 128;
+
+/// Rows of `b` in a tile.
+const QUAD: usize = 4;
+
+/// Columns in floating point that are gathered at once.
+const FLOAT_DEPTH: usize = 256;
+
+/// Products below which a second thread does not pay.
+const GRAIN: usize = 1 << 19;
+
+/// What becomes of the sums of a row of `a` with some rows of `b`.
+pub(super) trait Finish: Sync {
+    type Out: Copy + Send + Sync;
+
+    /// `out[i]` from the sum, and the floating-point part, of row `row` of `a` with row `first + i` of `b`.
+    fn finish(&self, row: usize, first: usize, sums: &[i32], floats: Option<&[f32]>, out: &mut [Self::Out]);
+}
+
+/// Columns to multiply in floating point.
+pub(super) struct Floats {
+    /// Their numbers.
+    pub(super) columns: Vec<usize>,
+    /// `[row of a][column]`.
+    pub(super) values: Vec<f32>,
+}
+
+/// A product: what all tasks share.
+pub(super) struct Job<'a, D: Dot, F> {
+    left: Vec<D::Left>,
+    stride: usize,
+    b: &'a [i8],
+    k: usize,
+    /// With the statistics of the rows of `b`.
+    floats: Option<(&'a Floats, &'a [f32])>,
+    finish: &'a F,
+}
+
+/// Results of a task: `rows[i][j]` is of row `row + i` of `a` and row `first + j` of `b`.
+pub(super) struct Part<'a, T> {
+    row: usize,
+    first: usize,
+    rows: Vec<&'a mut [T]>,
+}
+
+/// Multiplies on all threads.
+///
+/// # Safety
+/// The CPU has the instructions of `D`, and the sizes fit: `a` is `[m][k]`, `b` is `[n][k]`, `out` is `[m][n]`, the statistics
+/// beside `floats` are `n`, and its columns are below `k`.
+pub(super) unsafe fn multiply<D: Dot, F: Finish>(
+    a: &[i8],
+    b: &[i8],
+    (m, n, k): (usize, usize, usize),
+    floats: Option<(&Floats, &[f32])>,
+    finish: &F,
+    out: &mut [F::Out],
+) {
+    if out.is_empty() {
+        return;
+    }
+    let stride = k.next_multiple_of(D::STEP);
+    let job = Job::<D, F> { left: prepared::<D>(a, m, k, stride), stride, b, k, floats, finish };
+    let work = |rows: usize| GRAIN / (rows * k).max(1);
+    let (rows, columns) = if m > n { (share(m, work(n)).next_multiple_of(D::ROWS), n) } else { (m, share(n, work(m))) };
+    let columns = columns.next_multiple_of(QUAD);
+    let mut parts: Vec<Part<'_, F::Out>> = Vec::new();
+    for (block, out) in out.chunks_mut(rows * n).enumerate() {
+        let here = parts.len();
+        let row = block * rows;
+        parts.extend((0..n).step_by(columns).map(|first| Part { row, first, rows: Vec::with_capacity(out.len() / n) }));
+        for out in out.chunks_exact_mut(n) {
+            parts[here..].iter_mut().zip(out.chunks_mut(columns)).for_each(|(part, out)| part.rows.push(out));
+        }
+    }
+    // SAFETY: the caller's promise.
+    for_each_task(parts, |part| unsafe { D::run(&job, part) });
+}
+
+/// The left side: rows of `stride` elements, `k` of them codes. What comes after is multiplied with zeros.
+fn prepared<D: Dot>(a: &[i8], m: usize, k: usize, stride: usize) -> Vec<D::Left> {
+    let mut left = vec![D::Left::default(); m * stride];
+    if k == 0 {
+        return left;
+    }
+    let rows = share(m, GRAIN / k);
+    let tasks = a.chunks(rows * k).zip(left.chunks_mut(rows * stride));
+    for_each_task(tasks.collect(), |(a, left)| {
+        for (a, left) in a.chunks_exact(k).zip(left.chunks_exact_mut(stride)) {
+            left.iter_mut().zip(a).for_each(|(left, &code)| *left = D::encode(code));
+        }
+    });
+    left
+}
+
+/// A task.
+///
+/// # Safety
+/// The CPU has the instructions of `D`; `job` and `part` are as [`multiply`] makes them.
+#[inline(always)]
+pub(super) unsafe fn part<D: Dot, F: Finish>(job: &Job<'_, D, F>, mut part: Part<'_, F::Out>) {
+    let columns = part.rows.first().map_or(0, |row| row.len());
+    let ones = if D::BIAS == 0 { Vec::new() } else { vec![D::ONE; DEPTH.min(job.stride)] };
+    let mut sums = vec![0i32; TOGETHER.min(part.rows.len()) * PANEL];
+    let mut floats = job.floats.map(|_| (vec![0f32; sums.len()], vec![0f32; FLOAT_DEPTH * PANEL]));
+    // Where every column is in floating point, all codes of `a` are 0.
+    let integers = job.floats.is_none_or(|(floats, _)| floats.columns.len() < job.k);
+    for (block, outs) in part.rows.chunks_mut(TOGETHER).enumerate() {
+        let row = part.row + block * TOGETHER;
+        for from in (0..columns).step_by(PANEL) {
+            let first = part.first + from;
+            let here = PANEL.min(columns - from);
+            sums.fill(0);
+            if integers {
+                // SAFETY: passed on; rows `row..row + outs.len()` of `a` and `first..first + here` of `b` exist.
+                unsafe { panel(job, &ones, row, outs.len(), first, here, &mut sums) };
+            }
+            if let (Some((sums, gathered)), Some((floats, stats))) = (&mut floats, job.floats) {
+                // SAFETY: as above.
+                unsafe { float_panel(job, floats, stats, row, outs.len(), first, here, gathered, sums) };
+            }
+            for (i, out) in outs.iter_mut().enumerate() {
+                let range = i * PANEL..i * PANEL + here;
+                let floats = floats.as_ref().map(|(sums, _)| &sums[range.clone()]);
+                job.finish.finish(row + i, first, &sums[range], floats, &mut out[from..from + here]);
+            }
+        }
+    }
+}
+
+/// Sums of `rows` rows of `a` with `here` rows of `b`, added to `sums`.
+///
+/// # Safety
+/// The CPU has the instructions of `D`, and the rows exist.
+#[inline(always)]
+unsafe fn panel<D: Dot, F>(
+    job: &Job<'_, D, F>,
+    ones: &[D::Left],
+    row: usize,
+    rows: usize,
+    first: usize,
+    here: usize,
+    sums: &mut [i32],
+) {
+    let k = job.k;
+    assert!(job.left.len() >= (row + rows) * job.stride && job.b.len() >= (first + here) * k);
+    assert!(sums.len() >= rows * PANEL && here <= PANEL && DEPTH.is_multiple_of(D::STEP));
+    for from in (0..k).step_by(DEPTH) {
+        let depth = DEPTH.min(k - from);
+        // Four rows of the right side from column `from` on. Past the last row it is that one again, into sums nobody reads.
+        let quad = |at: usize| -> [*const i8; QUAD] {
+            array::from_fn(|i| job.b[(first + (at + i).min(here - 1)) * k + from..].as_ptr())
+        };
+        if D::BIAS != 0 {
+            let mut total = [0i32; PANEL];
+            for at in (0..here).step_by(QUAD) {
+                // SAFETY: the instructions are there; `ones` has DEPTH elements or as many as a padded row.
+                unsafe { tile::<D, 1>(ones.as_ptr(), 0, quad(at), depth, &mut total[at..]) };
+            }
+            for sums in sums.chunks_exact_mut(PANEL).take(rows) {
+                sums.iter_mut()
+                    .zip(&total)
+                    .for_each(|(sum, total)| *sum = sum.wrapping_sub(total.wrapping_mul(D::BIAS)));
+            }
+        }
+        let mut i = 0;
+        while i < rows {
+            let left = job.left[(row + i) * job.stride + from..].as_ptr();
+            let some = D::ROWS.min(rows - i);
+            for at in (0..here).step_by(QUAD) {
+                let (right, sums) = (quad(at), &mut sums[i * PANEL + at..]);
+                // SAFETY: the instructions are there, and `some` rows from `row + i` on; each has `depth` elements, padded to
+                // whole vectors, from column `from` on.
+                unsafe {
+                    match some {
+                        1 => tile::<D, 1>(left, job.stride, right, depth, sums),
+                        2 if D::ROWS >= 2 => tile::<D, 2>(left, job.stride, right, depth, sums),
+                        3 if D::ROWS >= 3 => tile::<D, 3>(left, job.stride, right, depth, sums),
+                        4 if D::ROWS >= 4 => tile::<D, 4>(left, job.stride, right, depth, sums),
+                        5 if D::ROWS >= 5 => tile::<D, 5>(left, job.stride, right, depth, sums),
+                        _ if D::ROWS >= 6 => tile::<D, 6>(left, job.stride, right, depth, sums),
+                        _ => unreachable!("no more rows than D::ROWS"),
+                    }
+                }
+            }
+            i += some;
+        }
+    }
+}
+
+/// A vector of each of `M` rows, `stride` apart.
+///
+/// # Safety
+/// As [`Dot::left`].
+#[inline(always)]
+unsafe fn lefts<D: Dot, const M: usize>(left: *const D::Left, stride: usize) -> [D::A; M] {
+    // Here and in what follows are neither closures, which are compiled without the caller's instructions, nor iterators, of
+    // which parts may stay calls: either would keep the vectors in memory.
+    // SAFETY: passed on.
+    unsafe {
+        let mut vectors = [D::left(left); M];
+        let mut i = 1;
+        while i < M {
+            vectors[i] = D::left(left.add(i * stride));
+            i += 1;
+        }
+        vectors
+    }
+}
+
+/// Adds the products of `M` vectors with four to the sums.
+///
+/// # Safety
+/// As [`Dot::dot`].
+#[inline(always)]
+unsafe fn dots<D: Dot, const M: usize>(tile: &mut [[D::Sum; QUAD]; M], a: &[D::A; M], j: usize, b: D::B) {
+    let mut i = 0;
+    while i < M {
+        // SAFETY: passed on.
+        tile[i][j] = unsafe { D::dot(tile[i][j], a[i], b) };
+        i += 1;
+    }
+}
+
+/// Adds `M × QUAD` dot products over `depth` columns to `sums`, whose rows are PANEL apart.
+///
+/// # Safety
+/// The CPU has the instructions of `D`. At `left` and at `stride`s after it are `M` rows of `depth` elements, padded to whole
+/// vectors; at each of `right`, `depth` codes.
+#[inline(always)]
+unsafe fn tile<D: Dot, const M: usize>(
+    left: *const D::Left,
+    stride: usize,
+    right: [*const i8; QUAD],
+    depth: usize,
+    sums: &mut [i32],
+) {
+    assert!(sums.len() >= (M - 1) * PANEL + QUAD);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut tile = [[D::zero(); QUAD]; M];
+        let mut k = 0;
+        while k + D::STEP <= depth {
+            let a = lefts::<D, M>(left.add(k), stride);
+            dots::<D, M>(&mut tile, &a, 0, D::right(right[0].add(k)));
+            dots::<D, M>(&mut tile, &a, 1, D::right(right[1].add(k)));
+            dots::<D, M>(&mut tile, &a, 2, D::right(right[2].add(k)));
+            dots::<D, M>(&mut tile, &a, 3, D::right(right[3].add(k)));
+            k += D::STEP;
+        }
+        if k < depth {
+            let (a, some) = (lefts::<D, M>(left.add(k), stride), depth - k);
+            dots::<D, M>(&mut tile, &a, 0, D::right_some(right[0].add(k), some));
+            dots::<D, M>(&mut tile, &a, 1, D::right_some(right[1].add(k), some));
+            dots::<D, M>(&mut tile, &a, 2, D::right_some(right[2].add(k), some));
+            dots::<D, M>(&mut tile, &a, 3, D::right_some(right[3].add(k), some));
+        }
+        let mut i = 0;
+        while i < M {
+            let totals = D::totals(tile[i]);
+            for (sum, total) in sums[i * PANEL..][..QUAD].iter_mut().zip(totals) {
+                *sum = sum.wrapping_add(total);
+            }
+            i += 1;
+        }
+    }
+}
+
+/// The floating-point part of `rows` rows of `a` with `here` rows of `b`, into `sums`.
+///
+/// # Safety
+/// The CPU has the instructions of `D`, and the rows exist.
+#[inline(always)]
+unsafe fn float_panel<D: Dot, F>(
+    job: &Job<'_, D, F>,
+    floats: &Floats,
+    stats: &[f32],
+    row: usize,
+    rows: usize,
+    first: usize,
+    here: usize,
+    gathered: &mut [f32],
+    sums: &mut [f32],
+) {
+    let count = floats.columns.len();
+    sums.fill(0.0);
+    for from in (0..count).step_by(FLOAT_DEPTH) {
+        let columns = &floats.columns[from..count.min(from + FLOAT_DEPTH)];
+        for c in 0..here {
+            let (codes, unit) = (&job.b[(first + c) * job.k..][..job.k], stats[first + c] * UNIT);
+            for (weights, &column) in gathered.chunks_exact_mut(PANEL).zip(columns) {
+                weights[c] = f32::from(codes[column]) * unit;
+            }
+        }
+        let mut i = 0;
+        while i < rows {
+            let values = &floats.values[(row + i) * count + from..];
+            let sums = &mut sums[i * PANEL..];
+            let some = D::FLOAT_ROWS.min(rows - i);
+            // SAFETY: the instructions are there; the slices are checked in the function.
+            unsafe {
+                match (some, D::Floats::N) {
+                    (4, 16) => float_tile::<D::Floats, 4, 3>(values, count, gathered, columns.len(), sums),
+                    (2, 8) => float_tile::<D::Floats, 2, 6>(values, count, gathered, columns.len(), sums),
+                    (_, 16) => {
+                        for r in 0..some {
+                            float_tile::<D::Floats, 1, 3>(
+                                &values[r * count..],
+                                count,
+                                gathered,
+                                columns.len(),
+                                &mut sums[r * PANEL..],
+                            );
+                        }
+                    }
+                    _ => {
+                        for r in 0..some {
+                            float_tile::<D::Floats, 1, 6>(
+                                &values[r * count..],
+                                count,
+                                gathered,
+                                columns.len(),
+                                &mut sums[r * PANEL..],
+                            );
+                        }
+                    }
+                }
+            }
+            i += some;
+        }
+    }
+}
+
+/// Adds to `M` rows of `sums` the products of `values`, whose rows are `stride` apart, with `depth` rows of `weights`. Both
+/// `sums` and `weights` have rows of PANEL numbers, which are `V` vectors.
+///
+/// # Safety
+/// The CPU has the instructions of `L`.
+#[inline(always)]
+unsafe fn float_tile<L: Lanes, const M: usize, const V: usize>(
+    values: &[f32],
+    stride: usize,
+    weights: &[f32],
+    depth: usize,
+    sums: &mut [f32],
+) {
+    assert!(V * L::N == PANEL && weights.len() >= depth * PANEL && sums.len() >= M * PANEL);
+    assert!(values.len() >= (M - 1) * stride + depth);
+    // SAFETY: the instructions are there, and the assertions are about the very elements read and written.
+    unsafe {
+        let mut tile = [[L::zero(); V]; M];
+        for j in 0..depth {
+            let mut w = [L::zero(); V];
+            let mut v = 0;
+            while v < V {
+                w[v] = L::load(weights.as_ptr().add(j * PANEL + v * L::N));
+                v += 1;
+            }
+            let mut i = 0;
+            while i < M {
+                let value = L::splat(values.as_ptr().add(i * stride + j));
+                let mut v = 0;
+                while v < V {
+                    tile[i][v] = value.fma(w[v], tile[i][v]);
+                    v += 1;
+                }
+                i += 1;
+            }
+        }
+        for (i, tile) in tile.iter().enumerate() {
+            for (v, &partial) in tile.iter().enumerate() {
+                let at = sums.as_mut_ptr().add(i * PANEL + v * L::N);
+                L::load(at).add(partial).store(at);
+            }
+        }
+    }
+}

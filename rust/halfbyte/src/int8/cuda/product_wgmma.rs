@@ -1,0 +1,190 @@
+//! Products of codes on compute capability 9.0: the kernel of cuda/src/int8_wgmma.cu.
+
+use super::product::{Product, Target};
+use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, byte_matrix};
+use crate::element::Dtype;
+use crate::error::Result;
+
+/// Tokens of a tile, by place in the tables.
+const TOKENS: [u32; 5] = [16, 32, 64, 128, 256];
+
+const fn five(families: [&'static str; 5]) -> [Kernel; 5] {
+    [
+        Kernel::new(families[0], "matmul_int8"),
+        Kernel::new(families[1], "matmul_int8"),
+        Kernel::new(families[2], "matmul_int8"),
+        Kernel::new(families[3], "matmul_int8"),
+        Kernel::new(families[4], "matmul_int8"),
+    ]
+}
+
+/// By output type, then tokens of a tile.
+static WGMMA: [[Kernel; 5]; 4] = [
+    five([
+        "int8_wgmma_bf16_16",
+        "int8_wgmma_bf16_32",
+        "int8_wgmma_bf16_64",
+        "int8_wgmma_bf16_128",
+        "int8_wgmma_bf16_256",
+    ]),
+    five(["int8_wgmma_f16_16", "int8_wgmma_f16_32", "int8_wgmma_f16_64", "int8_wgmma_f16_128", "int8_wgmma_f16_256"]),
+    five(["int8_wgmma_f32_16", "int8_wgmma_f32_32", "int8_wgmma_f32_64", "int8_wgmma_f32_128", "int8_wgmma_f32_128"]),
+    five(["int8_wgmma_i32_16", "int8_wgmma_i32_32", "int8_wgmma_i32_64", "int8_wgmma_i32_128", "int8_wgmma_i32_256"]),
+];
+
+/// Shared memory of a block: what there is, less static variables and what it takes to begin at a multiple of 1024.
+const SHARED: u32 = 227 * 1024 - 2048;
+const MOST_STAGES: u32 = 16;
+/// Bytes of K in a stage.
+const STEP: usize = 128;
+/// Bytes of weights that a block fetches before the launch ahead of it has ended.
+pub(super) const AHEAD: u32 = 160 << 10;
+/// Most weights of a tile.
+const MOST_ROWS: u32 = 128;
+
+/// Whether the device is one that the kernel is compiled for.
+pub(super) fn runs_on(gpu: &Device) -> bool {
+    gpu.capability == 90 && gpu.shared_memory >= 227 * 1024
+}
+
+/// Whether the kernel takes this product: rows that tensor maps can describe, and outliers of the output's type.
+pub(super) fn fits(gpu: &Device, product: &Product, (_, _, k): (usize, usize, usize), target: Target) -> bool {
+    runs_on(gpu)
+        && k > 0
+        && k.is_multiple_of(16)
+        && product.q.is_multiple_of(16)
+        && product.w.is_multiple_of(16)
+        && product.floats.is_none_or(|floats| Target::Float(floats.dtype) == target)
+}
+
+/// Launches the product.
+///
+/// # Safety
+/// As [`super::matmul`], for what [`fits`].
+pub(super) unsafe fn launch(
+    stream: &Stream,
+    gpu: &Device,
+    product: &Product,
+    shape: (usize, usize, usize),
+    out: Pointer,
+    target: Target,
+) -> Result<()> {
+    let (m, n, k) = shape;
+    let plan = Plan::new(shape, most_tokens(target), gpu.multiprocessors);
+    let tokens = TOKENS[plan.kernel];
+    let w_map = byte_matrix(product.w, n, k, plan.rows)?;
+    let q_map = byte_matrix(product.q, m, k, tokens)?;
+    let (x, outliers) = product.floats.map_or((0, 0), |floats| (floats.x, floats.outliers));
+    let arguments = Arguments::default().block(&w_map).block(&q_map).u64(product.row_stats).u64(product.column_stats);
+    let arguments =
+        arguments.u64(product.bias.unwrap_or(0)).u64(out).u64(x).u64(product.q).u64(product.w).u64(outliers);
+    let arguments = arguments.u32(m as u32).u32(n as u32).u32(k as u32);
+    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group).u32(plan.ahead);
+    // SAFETY: the arguments are those of `matmul_int8` in cuda/src/int8_wgmma.cu; the caller vouches for the pointers.
+    unsafe { WGMMA[target.index()][plan.kernel].launch(stream, plan.launch, &mut arguments) }
+}
+
+/// The last place in [`TOKENS`] for a target: fp32 has no registers left for 256.
+const fn most_tokens(target: Target) -> usize {
+    match target {
+        Target::Float(Dtype::F32) => 3,
+        _ => 4,
+    }
+}
+
+/// How a product is cut up: a function of its shape, of the largest tile there is, and of the number of multiprocessors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Plan {
+    pub(super) launch: Launch,
+    /// Place in [`TOKENS`].
+    pub(super) kernel: usize,
+    /// Weights of a tile.
+    pub(super) rows: u32,
+    stages: u32,
+    /// Tiles of tokens that are gone through for each tile of weights.
+    group: u32,
+    /// Boxes of weights that are fetched into the L2 before the launch ahead has ended.
+    ahead: u32,
+}
+
+impl Plan {
+    /// The plan that is expected to take the fewest cycles.
+    pub(super) fn new((m, n, k): (usize, usize, usize), most: usize, multiprocessors: u32) -> Self {
+        let smallest = TOKENS[..most].iter().position(|&tokens| m <= tokens as usize).unwrap_or(most);
+        let mut best: Option<(u64, Self)> = None;
+        for kernel in [smallest.saturating_sub(1), smallest] {
+            let down = m.div_ceil(TOKENS[kernel] as usize);
+            for waves in 1..=2 {
+                // Tiles of weights such that all of them together fill these waves.
+                let across = ((multiprocessors * waves) as usize / down).max(1);
+                let rows = n.div_ceil(across).next_multiple_of(8).min(MOST_ROWS as usize) as u32;
+                let (cycles, plan) = Self::with((m, n, k), kernel, rows, multiprocessors);
+                if best.is_none_or(|(least, _)| cycles < least) {
+                    best = Some((cycles, plan));
+                }
+            }
+        }
+        best.expect("there is at least one").1
+    }
+
+    /// A plan, and the cycles that it should take.
+    fn with((m, n, k): (usize, usize, usize), kernel: usize, rows: u32, multiprocessors: u32) -> (u64, Self) {
+        /// Bytes that a multiprocessor gets from the L2 in a cycle, as measured on an H200.
+        const L2: u64 = 44;
+        let tokens = TOKENS[kernel];
+        let groups = if rows > 64 { 2 } else { 1 };
+        let tiles = n.div_ceil(rows as usize) * m.div_ceil(tokens as usize);
+        let waves = tiles.div_ceil(multiprocessors as usize) as u64;
+        let steps = k.div_ceil(STEP) as u64;
+        let multiply = u64::from(groups * tokens * 2);
+        let copy = u64::from(rows + tokens) * STEP as u64 / L2;
+        let finish = 800 + u64::from(tokens) * 6;
+        let behind = 128 * 32 + tokens * 32 + 2 * tokens.min(64) * 128 + 2 * tokens * 4 + 512 * 4;
+        let stage = (rows + tokens) * STEP as u32;
+        // Few tokens leave room for two blocks on a multiprocessor: the next launch's are there before this one ends.
+        let room = if tokens <= 32 { SHARED / 2 - 1024 } else { SHARED };
+        let stages = ((room - behind) / stage).min(MOST_STAGES);
+        let launch = Launch {
+            grid: (tiles.min(multiprocessors as usize) as u32, 1),
+            threads: (groups + 1) * 128,
+            shared: stages * stage + behind + 1024,
+            cluster: 1,
+            programmatic: true,
+        };
+        let ahead = AHEAD / (rows * STEP as u32);
+        let plan = Self { launch, kernel, rows, stages, group: (2048 / tokens).max(1), ahead };
+        (waves * (steps * multiply.max(copy) + finish), plan)
+    }
+}
+
+/// Loads the images for an activation type.
+pub(super) fn preload(gpu: &Device, dtype: Dtype) -> Result<()> {
+    WGMMA[Target::Float(dtype).index()].iter().try_for_each(|kernel| kernel.load(gpu.ordinal))
+}
+
+pub(super) fn kernels() -> impl Iterator<Item = &'static Kernel> {
+    WGMMA.iter().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_fit_and_cover_everything() {
+        for m in [1, 2, 15, 16, 17, 33, 100, 128, 129, 512, 2048, 8192, 1 << 20] {
+            for n in [1, 7, 8, 64, 100, 1024, 4096, 14336, 28672, 1 << 20] {
+                for k in [16, 128, 144, 4096, 14336, 1 << 17] {
+                    for most in [3, 4] {
+                        let plan = Plan::new((m, n, k), most, 132);
+                        let Launch { grid, threads, shared, .. } = plan.launch;
+                        assert!(plan.rows % 8 == 0 && (8..=MOST_ROWS).contains(&plan.rows), "{m} {n} {k}: {plan:?}");
+                        assert!(plan.stages >= 3 && shared + 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
+                        assert!(threads == if plan.rows > 64 { 384 } else { 256 });
+                        assert!(grid.0 <= 132 && grid.0 > 0 && plan.kernel <= most, "{m} {n} {k}: {plan:?}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,22 @@
+"""The guide "load a model in 8 bits": LLM.int8(), with the modules to skip and the threshold; generate; save."""
+
+import sys
+
+import halfbyte  # noqa: F401  # in place of installing bitsandbytes
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+name, folder = sys.argv[1:]
+quantization_config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_skip_modules=["lm_head"])
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(
+    name, dtype=torch.bfloat16, device_map="auto", quantization_config=quantization_config
+)
+whole = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+print("footprint", model.get_memory_footprint() / whole.get_memory_footprint())
+inputs = tokenizer("def add(a, b):\n", return_tensors="pt", return_token_type_ids=False).to(model.device)
+outputs = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+print("written", repr(tokenizer.decode(outputs[0], skip_special_tokens=True)))
+model.save_pretrained(folder)
+again = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+print("reloaded", torch.equal(again.generate(**inputs, max_new_tokens=16, do_sample=False), outputs))

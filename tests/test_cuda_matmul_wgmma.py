@@ -1,0 +1,121 @@
+"""Products of many rows on a GPU: every number of tokens a block takes, K split in a cluster, ragged edges, hostile blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte.functional import dequantize_4bit, quantize_4bit
+
+pytestmark = pytest.mark.gpu
+
+HALVES = [torch.bfloat16, torch.float16]
+# One number of rows of x for each kernel, its neighbours, and more rows than one row of blocks takes.
+ROWS = [9, 16, 17, 32, 33, 64, 65, 100, 128]
+
+
+def error(out: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    """Relative error against double precision."""
+    expected = x.double() @ dense.double().t()
+    if bias is not None:
+        expected += bias.double()
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(n, k, device="cuda") * 0.02).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("n", "k"), [(128, 256), (4096, 4096), (100, 64), (130, 192), (513, 1088), (1024, 14336), (7, 8192)]
+)
+@pytest.mark.parametrize(
+    ("kind", "block", "nested"),
+    [
+        ("nf4", 64, False),
+        ("nf4", 64, True),
+        ("fp4", 64, False),
+        ("nf4", 128, False),
+        ("nf4", 4096, True),
+        ("fp4", 256, True),
+    ],
+)
+def test_every_kernel(n, k, kind, block, nested, dtype):
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(weight(n, k, dtype), quant_type=kind, blocksize=block, compress_statistics=nested)
+    # What the kernel multiplies with is at least as near to this as the weights rounded to 16 bits, which bitsandbytes uses.
+    state.dtype = torch.float32
+    exact = dequantize_4bit(packed, state)
+    state.dtype = dtype
+    for rows in ROWS:
+        x = torch.randn(rows, k, device="cuda", dtype=dtype)
+        bias = torch.randn(n, device="cuda", dtype=dtype) if rows % 2 else None
+        out = halfbyte.matmul_4bit(x, packed.t(), state, bias=bias)
+        assert (out.shape, out.dtype) == ((rows, n), dtype)
+        assert error(out, x, exact, bias) < (2.5e-3 if dtype == torch.bfloat16 else 4e-4), rows
+        assert torch.equal(out, halfbyte.matmul_4bit(x, packed.t(), state, bias=bias))
+
+
+@pytest.mark.parametrize("rows", [16, 48, 128])
+@pytest.mark.parametrize("case", ["one huge block", "alternating signs", "zeros", "subnormal scales"])
+def test_no_worse_than_a_dense_product(case, rows):
+    torch.manual_seed(1)
+    n, k = 384, 2048
+    w = torch.randn(n, k, device="cuda") * 0.02
+    if case == "one huge block":
+        w[5, 64:128] *= 1e6
+    elif case == "alternating signs":
+        w = w.abs() * (1 - 2 * (torch.arange(k, device="cuda") % 2))
+    elif case == "zeros":
+        w[:, : k // 2] = 0
+    else:
+        w *= 1e-38
+    w = w.bfloat16()
+    packed, state = quantize_4bit(w, quant_type="nf4", compress_statistics=False)
+    dense = dequantize_4bit(packed, state)
+    state.dtype = torch.float32
+    exact = dequantize_4bit(packed, state)
+    state.dtype = torch.bfloat16
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+    out = halfbyte.matmul_4bit(x, packed.t(), state)
+    theirs = error(torch.nn.functional.linear(x, dense), x, exact)
+    assert error(out, x, exact) <= theirs * 1.05 + 1e-7
+
+
+def test_nothing_beyond_the_edges_is_read_or_written():
+    """Rows of x and of the output that are not this product's hold NaN and stay as they are."""
+    torch.manual_seed(2)
+    n, k, rows = 200, 320, 37
+    packed, state = quantize_4bit(weight(n, k, torch.bfloat16), quant_type="nf4")
+    around = torch.full((rows + 20, k), float("nan"), device="cuda", dtype=torch.bfloat16)
+    around[10 : 10 + rows] = torch.randn(rows, k, device="cuda")
+    out = halfbyte.matmul_4bit(around[10 : 10 + rows], packed.t(), state)
+    assert out.isfinite().all()
+    assert error(out, around[10 : 10 + rows], dequantize_4bit(packed, state)) < 4e-3
+
+
+def test_activations_that_are_not_aligned():
+    torch.manual_seed(3)
+    packed, state = quantize_4bit(weight(96, 256, torch.bfloat16), quant_type="nf4")
+    storage = torch.randn(40 * 256 + 1, device="cuda", dtype=torch.bfloat16)
+    x = storage[1:].view(40, 256)
+    assert x.data_ptr() % 16
+    out = halfbyte.matmul_4bit(x, packed.t(), state)
+    assert error(out, x, dequantize_4bit(packed, state)) < 4e-3
+
+
+def test_captured_and_replayed_with_other_activations():
+    torch.manual_seed(4)
+    packed, state = quantize_4bit(weight(4096, 4096, torch.bfloat16), quant_type="nf4", compress_statistics=True)
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    halfbyte.matmul_4bit(x, packed.t(), state)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = halfbyte.matmul_4bit(x, packed.t(), state)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, halfbyte.matmul_4bit(x, packed.t(), state))
