@@ -151,7 +151,8 @@ impl Entry {
         let at = |multiple: u64, pointers: &[Pointer]| pointers.iter().all(|p| p % multiple == 0);
         let fetched = at(16, &[self.p.0, self.grad.0, self.master, self.compensation]) && at(16, &self.states);
         // Eight elements are 16 bytes, or 32, but 8 of codes.
-        let aligned = fetched || self.eight && at(16, &[self.p.0, self.grad.0, self.master, self.compensation]) && at(8, &self.states);
+        let aligned = fetched
+            || self.eight && at(16, &[self.p.0, self.grad.0, self.master, self.compensation]) && at(8, &self.states);
         kind(self.p.1)
             | kind(self.grad.1) << 2
             | u64::from(self.eight) << 4

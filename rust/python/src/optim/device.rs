@@ -1,8 +1,8 @@
 //! Steps on CUDA.
 
+use halfbyte::device::cuda::{Stream, capture_of};
 use halfbyte::optim::cuda::{self, Entry, Factors, Memory as Places, Numbers, Table};
 use halfbyte::optim::{Rule, Scalars};
-use halfbyte::device::cuda::{Stream, capture_of};
 use halfbyte::{Dtype, Error};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -53,12 +53,8 @@ impl Buffers {
             let slices = (len + each).next_multiple_of(2);
             let (made, address) = allocate(py, device, slices + cuda::slices_len(table.count()))?;
             self.table = Some(made);
-            self.places = Places {
-                table: address,
-                each: address + 8 * len as u64,
-                slices: address + 8 * slices as u64,
-                sums: 0,
-            };
+            self.places =
+                Places { table: address, each: address + 8 * len as u64, slices: address + 8 * slices as u64, sums: 0 };
             self.sent.clear();
         }
         if sums && self.places.sums == 0 {
@@ -209,7 +205,8 @@ pub(super) fn step(
     let table = &memory.table;
     let numbers = if capturable {
         // SAFETY: the table is sent, and tensors of step counts are in it; torch keeps memory for as long as its stream needs it.
-        unsafe { cuda::prepare(&stream, rule, table, &places, &options.hyper, lr, factors.found_inf) }.map_err(raise)?;
+        unsafe { cuda::prepare(&stream, rule, table, &places, &options.hyper, lr, factors.found_inf) }
+            .map_err(raise)?;
         Numbers::Each
     } else {
         host_numbers(rule, slots, gradients, options, &stream, &places)?
