@@ -7,7 +7,7 @@
 use super::data::each;
 use super::hyper::noise;
 use super::reference::by_chance;
-use super::rules::{Law, Three, is_sound, with_law};
+use super::rules::{Law, Three, is_sound, scale_read, with_law};
 use super::{BLOCK, Common, Extra, Floats, FloatsMut, Rule, Scalars, State};
 use crate::device::cpu::Level;
 
@@ -145,7 +145,9 @@ fn blocks<L: Law, W: Ways>(rule: Rule, mut task: Task<'_>, common: &Common) {
         for ((state, &signed), values) in task.states.iter().zip(rule.signed()).zip(&mut states) {
             match state {
                 State::Full(old) => values[..to - from].copy_from_slice(&old[from..to]),
-                State::Eight { codes, absmax } => W::decode(&codes[from..to], signed, absmax[from / BLOCK], values),
+                State::Eight { codes, absmax } => {
+                    W::decode(&codes[from..to], signed, scale_read(absmax[from / BLOCK]), values);
+                }
             }
         }
         let scaling = (common.scale, common.skip_zeros);
