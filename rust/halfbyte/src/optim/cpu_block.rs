@@ -28,7 +28,7 @@ pub(super) struct Task<'a> {
     pub(super) sums: Option<&'a mut (f64, f64)>,
 }
 
-impl<'a> Task<'a> {
+impl Task<'_> {
     /// The first `at` elements, a number of whole blocks, and the others.
     pub(super) fn split(self, at: usize) -> (Self, Self) {
         let (p, p_after) = self.p.split_at(at);
@@ -199,6 +199,7 @@ pub(super) fn update<L: Law>(
         let old: Three = [a[i], b[i], c[i]];
         let g = g[i] * scale;
         let (new, update) = L::update(old, k.l2.mul_add(w[i], g), &k);
+        #[expect(clippy::needless_bitwise_bool, reason = "a branch would keep this from becoming vectors")]
         let counts = is_sound::<L>(new) & (g != skip);
         sound[i] = if counts { u32::MAX } else { 0 };
         updates[i] = update;
@@ -251,8 +252,8 @@ fn write<W: Ways>(task: &mut Task<'_>, from: usize, to: usize, w: &Block, deltas
         Extra::None => {
             if let Some(key) = task.key {
                 let dtype = p.dtype();
-                for i in 0..to - from {
-                    values[i] = by_chance(dtype, values[i], noise(key, (task.first + from + i) as u64));
+                for (i, value) in values[..to - from].iter_mut().enumerate() {
+                    *value = by_chance(dtype, *value, noise(key, (task.first + from + i) as u64));
                 }
             }
             W::store(&values, p);
