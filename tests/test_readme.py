@@ -19,7 +19,7 @@ def snippets(language):
 
 
 def test_there_are_snippets():
-    assert len(snippets("python")) == 5
+    assert len(snippets("python")) == 6
     assert len(snippets("rust")) == 1
 
 
