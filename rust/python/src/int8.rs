@@ -41,7 +41,11 @@ fn rows_of(tensor: &TensorRef) -> Result<(usize, usize), Error> {
 
 /// A matrix.
 fn matrix(tensor: &TensorRef) -> Result<(usize, usize), Error> {
-    if tensor.shape().len() == 2 { rows_of(tensor) } else { Err(shape_error(tensor.name, "[rows, columns]".into(), tensor)) }
+    if tensor.shape().len() == 2 {
+        rows_of(tensor)
+    } else {
+        Err(shape_error(tensor.name, "[rows, columns]".into(), tensor))
+    }
 }
 
 fn expect_f32(tensor: &TensorRef, len: usize) -> Result<(), Error> {
@@ -566,5 +570,8 @@ pub(crate) fn layer(
 /// `HALFBYTE_SIMD` says otherwise.
 #[pyfunction]
 pub(crate) fn int8_levels() -> Vec<String> {
-    int8::cpu::Instructions::available().into_iter().map(|instructions| format!("{instructions:?}").to_lowercase()).collect()
+    int8::cpu::Instructions::available()
+        .into_iter()
+        .map(|instructions| format!("{instructions:?}").to_lowercase())
+        .collect()
 }
