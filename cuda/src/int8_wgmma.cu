@@ -10,8 +10,8 @@
 //   three warps   gather outliers, if there are any (int8_tiles.cuh)
 //   1 or 2 groups multiply: 64 weights × TOKENS tokens each, sums in registers
 //
-// Programmatic dependent launch: the first of the weights are fetched into the L2 (where a late write to them would still be seen)
-// before the kernel waits for the one ahead of it. Where a multiprocessor has room for two blocks, the next launch's are there by then.
+// Programmatic dependent launch: barriers and tensor maps are ready when the kernel ahead ends. (To fetch weights into the L2 by then
+// makes everything slower: they come at the cost of what that kernel still reads.)
 //
 // Bytes: N·K + M·K (a tile's from the L2 for each tile beside it) + out.
 #include "int8_tiles.cuh"
@@ -144,8 +144,7 @@ KERNEL __launch_bounds__(384, 1)
     matmul_int8(const __grid_constant__ TensorMap w_map,  // boxes of `rows` × 128
                 const __grid_constant__ TensorMap q_map,  // boxes of TOKENS × 128
                 const float* row_stats, const float* column_stats, const Float* bias, ELEMENT* out, const Float* x, const u8* q,
-                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles,
-                u32 ahead) {  // boxes of weights that are fetched early
+                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles) {
     const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, M, N, K, rows, ring_stages, group_tiles};
     extern __shared__ u8 dynamic[];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + 3];
@@ -169,12 +168,7 @@ KERNEL __launch_bounds__(384, 1)
         if (lane == 0) barrier_init(o_full, HELPERS), barrier_init(o_empty, groups * 4), barrier_init(listed, 1);
         barrier_init_fence();
     }
-    if (threadIdx.x == groups * 128) {
-        // The weights' first stages, into the L2 only, where a late write to them would still be seen.
-        prefetch_map(w_map), prefetch_map(q_map);
-        const Tile tile = tiles.get(first);
-        for (u32 i = 0; i < min(ahead, steps); ++i) prefetch_box(w_map, i * ROW, tile.weights);
-    }
+    if (threadIdx.x == groups * 128) prefetch_map(w_map), prefetch_map(q_map);
     wait_for_predecessors();
     __syncthreads();
 
