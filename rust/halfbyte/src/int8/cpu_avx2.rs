@@ -114,22 +114,9 @@ pub(super) fn scale_row<T: Element>(
             store(out.as_mut_ptr().add(i), _mm256_add_ps(scaled, rest));
         }
     }
-    for i in whole..count {
-        out[i] = T::from_f32(scaled_one(sums, row_stat, column_stats, floats, bias, i));
+    for (i, out) in out.iter_mut().enumerate().skip(whole) {
+        *out = reference::finished(sums, row_stat, column_stats, floats, bias, i);
     }
-}
-
-/// One element of [`scale_row`].
-pub(super) fn scaled_one<T: Element>(
-    sums: &[i32],
-    row_stat: f32,
-    column_stats: &[f32],
-    floats: Option<&[f32]>,
-    bias: Option<&[T]>,
-    i: usize,
-) -> f32 {
-    let rest = floats.map_or(0.0, |floats| floats[i]) + bias.map_or(0.0, |bias| bias[i].to_f32());
-    reference::scaled(sums[i], row_stat, column_stats[i], rest)
 }
 
 /// [`reference::dequantize`] for a row.
