@@ -185,7 +185,10 @@ mod tests {
                     for sizes in [&BF16[..], &F32, &SUMS] {
                         let plan = Plan::new((m, n, k), sizes, 132);
                         let Launch { grid, threads, shared, .. } = plan.launch;
-                        assert!(plan.rows.is_multiple_of(8) && (8..=MOST_ROWS).contains(&plan.rows), "{m} {n} {k}: {plan:?}");
+                        assert!(
+                            plan.rows.is_multiple_of(8) && (8..=MOST_ROWS).contains(&plan.rows),
+                            "{m} {n} {k}: {plan:?}"
+                        );
                         assert!(plan.stages >= 3 && shared + 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
                         assert!(threads == if plan.rows > 64 { 384 } else { 256 });
                         assert!(grid.0 <= 132 && grid.0 > 0 && plan.kernel < sizes.len(), "{m} {n} {k}: {plan:?}");
