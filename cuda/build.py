@@ -85,7 +85,7 @@ FAMILIES += [Family("int8_rows", "int8_rows.cu", ("75", "90")), Family("int8", "
 FAMILIES += [
     Family(f"int8_mma_{name}", "int8_mma.cu", ("75", "80"), {"ELEMENT": element}) for name, element in OUTPUTS.items()
 ]
-# Tokens of a tile. fp32 has no registers for the outliers of 256; what is not for speed does with fewer sizes.
+# Tokens of a tile. What is not for speed does with fewer sizes.
 INT8_TOKENS = {"bf16": (16, 32, 64, 128, 256), "f16": (16, 32, 64, 128, 256), "f32": (32, 128), "i32": (32, 128, 256)}
 FAMILIES += [
     Family(f"int8_wgmma_{name}_{tokens}", "int8_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})

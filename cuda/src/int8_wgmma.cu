@@ -129,11 +129,11 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
             const u64 at = u64(tile.tokens + token) * p.K + k;
             return residual(to_float(p.x[at]), byte_value(p.q[at], 0), p.row_stats[tile.tokens + token]);
         };
-        for (u32 c = 0; c < count; c += COLUMNS) {
-            if (c < window || min(c + COLUMNS, count) > window + WINDOW) window = c, relist();
+        for (u32 c = 0; c < count; c += ENTRIES) {
+            if (c < window || min(c + ENTRIES, count) > window + WINDOW) window = c, relist();
             barrier_wait(o_full + 8, parity ^ 1);
             parity ^= 1;
-            gather(list + (c - window), min(COLUMNS, count - c), p.w + u64(tile.weights) * p.K, p.K, weights, tokens, left, to_w, to_x, thread);
+            gather(list + (c - window), min(ENTRIES, count - c), p.w + u64(tile.weights) * p.K, p.K, weights, tokens, left, to_w, to_x, thread);
             fence_for_mma();
             barrier_arrive(o_full);
         }
@@ -191,7 +191,7 @@ KERNEL __launch_bounds__(384, 1)
                     }
                 }
             }
-        } else if (SCALED && p.outliers != nullptr) {
+        } else if (Types<ELEMENT>::OUTLIERS && p.outliers != nullptr) {
             serve_outliers(p, tiles, first, stride, list, outlier_count, outliers_w, outliers_x, o_full, threadIdx.x - groups * 128 - WARP);
         }
     } else {
@@ -201,7 +201,7 @@ KERNEL __launch_bounds__(384, 1)
         const u32 row = group * 64 + warp % 4 * 16 + g;
         float* const my_scales = scales + group * TOKENS;
         u32 count = 0, o_turn = 0;
-        bool asked = !SCALED || p.outliers == nullptr;
+        bool asked = !Types<ELEMENT>::OUTLIERS || p.outliers == nullptr;
         Turn turn;
         for (u32 i = first; i < tiles.count(); i += stride) {
             const Tile tile = tiles.get(i);
@@ -248,7 +248,7 @@ KERNEL __launch_bounds__(384, 1)
                     count = *static_cast<volatile u32*>(&outlier_count);
                     asked = true;
                 }
-                for (u32 c = 0; c < count; c += COLUMNS) {
+                for (u32 c = 0; c < count; c += ENTRIES) {
                     barrier_wait(o_full, o_turn);
                     o_turn ^= 1;
                     add_outliers(f, shared_address(outliers_w), shared_address(outliers_x), group);

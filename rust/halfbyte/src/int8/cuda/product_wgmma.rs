@@ -54,14 +54,15 @@ pub(super) fn runs_on(gpu: &Device) -> bool {
     gpu.capability == 90 && gpu.shared_memory >= 227 * 1024
 }
 
-/// Whether the kernel takes this product: rows that tensor maps can describe, and outliers of the output's type.
+/// Whether the kernel takes this product: rows that tensor maps can describe, and outliers, if any, of the output's type, of
+/// 16 bits (fp32's would lose precision).
 pub(super) fn fits(gpu: &Device, product: &Product, (_, _, k): (usize, usize, usize), target: Target) -> bool {
     runs_on(gpu)
         && k > 0
         && k.is_multiple_of(16)
         && product.q.is_multiple_of(16)
         && product.w.is_multiple_of(16)
-        && product.floats.is_none_or(|floats| Target::Float(floats.dtype) == target)
+        && product.floats.is_none_or(|floats| floats.dtype != Dtype::F32 && Target::Float(floats.dtype) == target)
 }
 
 /// Launches the product.
