@@ -499,7 +499,7 @@ pub(crate) fn int8_linear_workspace(x: &Bound<'_, PyAny>, n: usize, threshold: f
     let x = TensorRef::new("x", x)?;
     let place = x.place().map_err(raise)?;
     let none = || -> Result<usize, Error> { Ok(0) };
-    by_place!(place, none(), device => cuda::linear_workspace(device, &x, n, threshold))
+    by_place!(place, none(), _device => Ok(cuda::linear_workspace(&x, n, threshold)))
 }
 
 /// A whole layer: rows of `x` [..., K] quantized, multiplied with `w` [N, K], outlier columns in floating point, `bias` added.
