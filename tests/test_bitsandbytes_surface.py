@@ -112,6 +112,8 @@ NOT_SERVED = {
     "find_cudart_libraries": "as above",
     "get_potentially_lib_path_containing_env_vars": "as above",
     "is_relevant_candidate_env_var": "as above",
+    "MatMul8bitFp": "the autograd class behind matmul, which is a torch operation with a gradient here",
+    "MatMul8bitLt": "as MatMul8bitFp",
     "batched_igemm": "deprecated there and unused; int8_linear_matmul is the product of LLM.int8()",
     "igemm": "as batched_igemm",
     "check_matmul": "as batched_igemm",
