@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 MODEL = Path(__file__).parents[1] / "tests/models/pycode-llama-7m"
-STEPS, BATCH, LENGTH = 300, 8, 64
+STEPS, BATCH, LENGTH = 300, 4, 32
 # What each needs to learn at about the same pace: with LoRA, from scratch.
 ARGUMENTS = {
     "AdamW": ({"lr": 1e-3}, {"lr": 1e-3}),

@@ -88,15 +88,16 @@ FAMILIES += [
 ]
 
 OUTPUTS = {**ELEMENTS, "f32": "F32", "i32": "I32"}
-FAMILIES += [Family("int8_rows", "int8_rows.cu", ("75", "80", "90")), Family("int8", "int8.cu", ("75", "80"))]
+FAMILIES += [Family("int8_rows", "int8_rows.cu", ("75", "90")), Family("int8", "int8.cu", ("75", "80"))]
 FAMILIES += [
     Family(f"int8_mma_{name}", "int8_mma.cu", ("75", "80"), {"ELEMENT": element}) for name, element in OUTPUTS.items()
 ]
+# Tokens of a tile. What is not for speed does with fewer sizes.
+INT8_TOKENS = {"bf16": (16, 32, 64, 128, 256), "f16": (16, 32, 64, 128, 256), "f32": (32, 128), "i32": (32, 128, 256)}
 FAMILIES += [
     Family(f"int8_wgmma_{name}_{tokens}", "int8_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})
     for name, element in OUTPUTS.items()
-    for tokens in (16, 32, 64, 128, 256)
-    if (name, tokens) != ("f32", 256)  # registers for its outliers are not there
+    for tokens in INT8_TOKENS[name]
 ]
 FAMILIES += [
     Family(f"int8_stream_{name}", "int8_stream.cu", ("90",), {"ELEMENT": element})

@@ -176,7 +176,45 @@ def train(mesh):
         assert (after[name] - expected[name]).abs().max() < 2e-4, name
 
 
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, "RANK": str(RANK), "WORLD_SIZE": str(WORLD)}
+def tensor_parallel(mesh):
+    """transformers' own: each process reads and quantizes its slice of every layer."""
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version("5.23"):
+        return
+
+    def load(**options):
+        config = halfbyte.HalfbyteConfig("nf4", double_quant=False)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            MODEL, dtype=torch.float32, quantization_config=config, **options
+        ).eval()
+
+    ids = torch.arange(40, 72, device=DEVICE).view(1, -1)
+    with torch.no_grad():
+        wanted = load(device_map={"": DEVICE})(input_ids=ids).logits
+        model = load(tp_plan="auto")
+        logits = model(input_ids=ids).logits
+    layer = model.model.layers[0].mlp.gate_proj
+    assert layer.quant_state.shape == (768 // WORLD, 256)
+    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    # Rows of 256 and 768 are whole blocks on each process: the codes are those of one process.
+    assert (logits - wanted).norm() < 1e-5 * wanted.norm()
+    try:
+        model.save_pretrained(FOLDER / "sliced")
+    except halfbyte.errors.HalfbyteError as error:
+        assert "tensor parallelism" in str(error)
+    else:
+        raise AssertionError("saved a slice")
+
+
+os.environ |= {
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": PORT,
+    "RANK": str(RANK),
+    "WORLD_SIZE": str(WORLD),
+    "LOCAL_RANK": str(RANK),
+}
 torch.set_num_threads(1)
 if DEVICE == "cuda":
     torch.cuda.set_device(RANK)

@@ -99,6 +99,17 @@ def test_on_a_gpu_the_bytes_are_those_of_quantizing_there(tmp_path, scheme, stor
     assert_same(tensors_of(tmp_path / "out"), python)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_int8_rows_are_those_of_quantizing_there(tmp_path):
+    assert run("quantize", MODEL, tmp_path / "out", "--device", "cuda", "--scheme", "int8") == 0
+    found = tensors_of(tmp_path / "out")
+    for name, tensor in tensors_of(MODEL).items():
+        if "_proj" in name:
+            codes, scales, _ = functional.int8_vectorwise_quant(tensor.cuda().half())
+            assert torch.equal(found[name], codes.cpu()) and found[name].dtype == torch.int8, name
+            assert torch.equal(found[name.replace(".weight", ".SCB")], scales.cpu()), name
+
+
 def test_a_folder_is_complete_and_says_what_it_is(tmp_path, capsys):
     assert (
         run("quantize", MODEL, tmp_path / "out", "--double-quant", "--skip", "layers.0", "--skip", r".*\.7\..*k_proj")

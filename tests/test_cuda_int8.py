@@ -16,7 +16,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Rounding of the output, and for fp32 the order of sums.
 TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 3e-6}
 # Rows: each kernel's tiles, full and not. Columns: whole stages, a part of one, and what only bytes can be read of.
-ROWS = [1, 3, 8, 9, 17, 64, 100, 129, 300]
+ROWS = [1, 4, 5, 16, 17, 64, 100, 129, 300]
 SHAPES = [(m, n, k) for m in ROWS for n, k in ((333, 1040), (130, 2064), (7, 99))]
 SHAPES += [
     (16, 14336, 4096),
@@ -100,9 +100,9 @@ def test_rows_that_are_not_numbers_make_products_that_are_not():
     assert stats[1].isnan() and stats[2].isinf() and stats[3] == 0
     assert not codes[1:4].any() and codes[4].abs().max() == 127
     w, column_stats = integers(64, 256), torch.ones(64, device="cuda")
-    for repeats in (1, 8):  # both kernels
-        out = layer(x.repeat(repeats, 1), w, column_stats)
-        assert out[1:3].isnan().all() and (out[3] == 0).all() and out[[0, 4]].isfinite().all()
+    for rows_of_x in (x[:4], x[[4, 1, 2, 3]], x.repeat(8, 1)):  # one launch, and several
+        out = layer(rows_of_x.contiguous(), w, column_stats)
+        assert out[1:3].isnan().all() and (out[3] == 0).all() and out[0].isfinite().all()
 
 
 def test_infinite_outliers_reach_the_product_as_they_are():
@@ -207,7 +207,7 @@ def test_columns_and_back():
             kept = x.float().masked_fill(x.float().abs() >= threshold, 0) if threshold else x.float()
             assert torch.equal(stats, kept.abs().amax(0))
             exact = kept.double() * 127 / stats.double().clamp(min=1e-30)
-            slack = 0.05 if dtype == torch.float16 else 1e-4  # fp16 rounds x · 127
+            slack = 0.08 if dtype == torch.float16 else 1e-4  # fp16 rounds x · 127
             assert ((codes.double() - exact).abs() <= 0.5 + slack).all()
         codes, stats, _ = rows(x)
         out = torch.empty(300, 77, dtype=dtype, device="cuda")

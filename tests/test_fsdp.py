@@ -1,4 +1,4 @@
-"""FSDP2: processes that hold a piece of each 4-bit parameter compute, train, save and load as one does."""
+"""FSDP2 and tensor parallelism: processes that hold a piece of each 4-bit parameter do as one does."""
 
 import os
 import socket
@@ -51,7 +51,7 @@ def run(case, world, folder, device="cpu"):
 @pytest.mark.parametrize("device", DEVICES)
 def test_two_processes(tmp_path, device):
     pytest.importorskip("peft")
-    run("pieces,refused,experts,train,save,read,offloaded", 2, tmp_path, device)
+    run("pieces,refused,experts,train,tensor_parallel,save,read,offloaded", 2, tmp_path, device)
     run("read", 1, tmp_path, device)  # the same checkpoint, by one
 
 

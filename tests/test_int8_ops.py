@@ -71,7 +71,9 @@ def test_double_quantization_is_of_rows_and_of_columns(device, dtype):
     kept = torch.where(x.abs() >= 6, 0, x).float()
     assert torch.equal(column_stats, kept.abs().amax(0))
     decoded = column.float() * column_stats / 127
-    assert ((decoded - kept).abs() <= column_stats / 127 * 0.502).all()
+    # On CUDA, 127 times an fp16 value is rounded to fp16, as in bitsandbytes.
+    step = 0.5 + (2**-4 if device == "cuda" else 2**-9)
+    assert ((decoded - kept).abs() <= column_stats / 127 * step).all()
 
 
 def test_rows_of_zeros_and_special_values_have_defined_codes(device):
@@ -134,7 +136,8 @@ def test_scaled_products(device, dtype, biased):
     want = (a.double() @ b.double().t()) * rows.double()[:, None] * columns.double() / 127**2
     want = want if bias is None else want + bias.double()
     assert got.dtype == dtype
-    assert ((got.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() * 0.51 + 1e-5).all()
+    few = 2.5 if dtype == torch.float32 else 0.51  # roundings
+    assert ((got.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() * few + 1e-5).all()
     again = F.int8_mm_dequant(F.int8_linear_matmul(a, b), rows, columns, bias=bias)
     assert again.dtype == torch.float16
     assert ((again.double() - want).abs() <= 2**-11 * want.abs() * 1.02 + 1e-5).all()

@@ -84,6 +84,7 @@ def test_a_captured_step_equals_eager_ones(name):
     give_gradients(params, 0)
     give_gradients(twins, 0)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         graphed.step()
     torch.cuda.current_stream().wait_stream(side)
@@ -120,7 +121,7 @@ def test_the_learning_rate_of_a_captured_step_is_a_tensor():
     assert (p.detach() - before).abs().mean().item() == pytest.approx(1e-2, rel=0.2)
 
 
-def test_448_tensors_are_a_step_of_few_launches_and_little_time():
+def test_448_tensors_are_a_step_of_few_launches():
     params = parameters([65_536] * 448)
     optimizer = optim.AdamW8bit(params, lr=1e-4)
     give_gradients(params, 0)
@@ -132,15 +133,6 @@ def test_448_tensors_are_a_step_of_few_launches_and_little_time():
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert 1 <= len(kernels) <= 4, [event.name for event in kernels]
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        optimizer.step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    median = sorted(times)[25]
-    print(f"448-tensor step: {median * 1e6:.0f} us wall")
-    assert median < 1e-3  # the figure proper is in benches; this is against a launch a tensor
 
 
 def test_it_runs_on_the_current_stream_and_waits_for_nothing():
@@ -215,6 +207,7 @@ def test_paged_states_are_those_of_ordinary_memory(bits):
     for p, q in zip(params, twins, strict=True):
         assert torch.equal(p, q)
         assert getattr(one.state[p]["state1"], "is_paged", False) == (p.numel() >= 100_000)
+        assert one.state[p]["state1"].is_cuda
     assert_equal_states(one, other)
 
 
@@ -247,6 +240,25 @@ def test_paging_is_there_again_after_a_resumption_and_it_goes_on_bit_for_bit(kin
     torch.cuda.synchronize()
     assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
     assert_equal_states(optimizer, resumed)
+
+
+def test_paged_tensors_as_functions_have_them():
+    from halfbyte.optim import _pages
+
+    paged = _pages.get_paged(3, 1000, dtype=torch.float32, device="cuda")
+    assert paged.is_cuda and paged.shape == (3, 1000) and not paged.any()
+    _pages.fill(paged, 2.0)
+    _pages._mul(paged, paged.clone())
+    _pages.prefetch_tensor(paged, to_cpu=True)
+    _pages.prefetch_tensor(paged)
+    assert torch.all(paged == 4.0)
+    manager = _pages.GlobalPageManager.get_instance()
+    manager.paged_tensors.append(paged)
+    manager.prefetch_all(to_cpu=True)
+    manager.initialize()
+    assert paged.sum().item() == 12_000
+    with pytest.raises(hb.errors.ArgumentError, match="A:"):
+        _pages.prefetch_tensor(torch.zeros(3, device="cuda"))
 
 
 def test_paged_memory_is_given_back():

@@ -442,3 +442,85 @@ def test_threads_of_the_cpu_are_torchs(monkeypatch):
     optim.AdamW8bit([p]).step()
     hb.functional.optimizer_update_32bit("lion", p.grad, p.detach(), torch.zeros(5000), 0.9, 0.0, 1, 1e-3, None, 0.99)
     assert seen == [2, 2]
+
+
+def _shorter(state, p):
+    state["state1"] = state["state1"][:100]
+
+
+def _of_another_type(state, p):
+    state["state2"] = state["state2"].double()
+
+
+def _fewer_scales(state, p):
+    state["absmax1"] = state["absmax1"][:3]
+
+
+def _not_contiguous(state, p):
+    state["state1"] = torch.zeros(5000, 2, dtype=torch.uint8)[:, 0]
+
+
+def _without_scales(state, p):
+    del state["absmax2"]
+
+
+def _without_a_second_moment(state, p):
+    del state["state2"]
+
+
+def _no_number(state, p):
+    state["step"] = -3
+
+
+def _a_gradient_of_another_shape(state, p):
+    del state
+    p.grad = None
+    p.data = torch.zeros(7)
+    p.grad = torch.zeros(7)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _shorter,
+        _of_another_type,
+        _fewer_scales,
+        _not_contiguous,
+        _without_scales,
+        _without_a_second_moment,
+        _no_number,
+        _a_gradient_of_another_shape,
+    ],
+)
+def test_states_that_someone_has_damaged_are_refused_and_nothing_changes(damage):
+    good, p = parameter(5000, seed=1), parameter(5000)
+    optimizer = optim.AdamW8bit([good, p])
+    give_gradients([good, p])
+    optimizer.step()
+    damage(optimizer.state[p], p)
+    before = good.detach().clone(), p.detach().clone(), optimizer.state[good]["state1"].clone()
+    with pytest.raises((HalfbyteError, KeyError, TypeError)):
+        optimizer.step()
+    assert torch.equal(good, before[0]) and torch.equal(p, before[1])
+    assert torch.equal(optimizer.state[good]["state1"], before[2])
+
+
+def test_a_replaced_state_and_a_replaced_memory_are_used(device):
+    p, q = parameter(5000, device=device), parameter(5000, device=device)
+    one, other = optim.AdamW8bit([p]), optim.AdamW8bit([q])
+    for step in range(4):
+        give_gradients([p], step)
+        give_gradients([q], step)
+        one.step()
+        other.step()
+        state = one.state[p]
+        for name in ("state1", "state2", "absmax1", "absmax2"):
+            state[name] = state[name].clone()
+        p.data = p.data.clone()
+        if step == 1:
+            one.state[p] = dict(state)
+    assert torch.equal(p, q)
+    assert torch.equal(one.state[p]["state1"], other.state[q]["state1"])
+    one.state[p].clear()  # as good as new
+    one.step()
+    assert one.state[p]["step"] == 1

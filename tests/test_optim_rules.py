@@ -103,14 +103,15 @@ def reference_of(optimizer, params):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("gradient", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_32_bits_equal_double_precision_over_100_steps(rule, dtype, gradient, device):
+def test_32_bits_equal_double_precision_over_many_steps(rule, dtype, gradient, device):
     cls, kwargs = RULES[rule]
     params = [parameter(n, dtype, device, gradient=gradient) for n in (1, 777, (33, 31))]
     optimizer = cls(params, **kwargs)
     copies, states, reference = reference_of(optimizer, params)
     config = arguments_of(optimizer)
     lr = optimizer.param_groups[0]["lr"]
-    for step in range(100):
+    steps = 100 if device == "cpu" else 25  # every operation of the reference is a launch there
+    for step in range(steps):
         give_gradients(params, step)
         optimizer.step()
         reference.step(lr, **config, grads=[p.grad for p in params])
@@ -124,7 +125,7 @@ def test_32_bits_equal_double_precision_over_100_steps(rule, dtype, gradient, de
             if name in state:
                 scale = state[name].abs().max().item()
                 torch.testing.assert_close(optimizer.state[p][name], state[name], rtol=1e-4, atol=3e-5 * scale)
-        assert optimizer.state[p]["step"] == 100
+        assert optimizer.state[p]["step"] == steps
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -137,7 +138,7 @@ def test_8_bits_are_one_step_of_double_precision_and_the_nearest_codes(rule, dty
     copies, states, reference = reference_of(optimizer, params)
     config = arguments_of(optimizer)
     lr = optimizer.param_groups[0]["lr"]
-    for step in range(30):
+    for step in range(30 if device == "cpu" else 8):
         give_gradients(params, step)
         optimizer.step()
         reference.step(lr, **config, grads=[p.grad for p in params])

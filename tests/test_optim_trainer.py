@@ -98,8 +98,13 @@ def test_the_stand_in_for_bitsandbytes_has_the_same_classes():
     assert bitsandbytes.optim.ademamix._ReferenceAdEMAMix is optim.ademamix._ReferenceAdEMAMix
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+ON_A_GPU = ("adamw_bnb_8bit", "paged_adamw_8bit", "paged_ademamix_32bit", "lion_8bit")
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [(name, "cpu") for name in NAMES] + [pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ON_A_GPU],
+)
 def test_every_name_trains(name, texts, tmp_path, device):
     cls, bits, paged = NAMES[name]
     run = trainer(texts, tmp_path, device, optim=name, learning_rate=1e-4 if "lion" in name else 1e-3, max_steps=8)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,19 +15,36 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+# A snippet for GPUs alone has this line before it.
+NEEDS_GPU = "<!-- needs a GPU -->"
+
+
 def snippets(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
+def python_snippets():
+    found = re.findall(rf"^({NEEDS_GPU}\n+)?```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(found) == len(snippets("python"))
+    return [
+        pytest.param(snippet, id=str(number), marks=[pytest.mark.gpu] if gpu else [])
+        for number, (gpu, snippet) in enumerate(found)
+    ]
+
+
 def test_there_are_snippets():
-    assert len(snippets("python")) == 6
+    assert len(snippets("python")) >= 8
     assert len(snippets("rust")) == 1
 
 
-@pytest.mark.parametrize("snippet", snippets("python"), ids=range(len(snippets("python"))))
+@pytest.mark.parametrize("snippet", python_snippets())
 def test_python_snippets_run(snippet):
     env = {name: value for name, value in os.environ.items() if not name.startswith("HALFBYTE_")}
     env["PYTHONPATH"] = str(Path(halfbyte.__file__).parents[1])
+    with socket.socket() as free:  # what torchrun sets for one process
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:halfbyte", "-c", snippet],
         capture_output=True,

@@ -218,6 +218,28 @@ def test_a_weight_that_is_not_of_the_layer_is_refused(tmp_path, caplog):
     assert "expected a quantized weight of [256, 256], got one of [64, 64]" in caplog.text
 
 
+@pytest.mark.skipif(not hasattr(halfbyte.nn, "Linear8bitLt"), reason="this halfbyte has no LLM.int8() layers")
+@pytest.mark.parametrize("own", [True, False], ids=["halfbyte", "bnb"])
+def test_8_bits(ids, tmp_path, own):
+    halfbyte.replace_bitsandbytes()
+    config = halfbyte.HalfbyteConfig("int8") if own else transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = load(config=config)
+    assert sum(isinstance(module, halfbyte.nn.Linear8bitLt) for module in model.modules()) == 7 * 8
+    assert model.is_loaded_in_8bit
+    expected, original = logits(model, ids), logits(load(), ids).float()
+    assert 0.001 < (expected.float() - original).norm() / original.norm() < 0.05
+    model.save_pretrained(tmp_path / "first")
+    written = json.loads((tmp_path / "first" / "config.json").read_text())["quantization_config"]
+    assert (written["quant_method"], written["load_in_8bit"]) == ("bitsandbytes", True)
+    again = load(tmp_path / "first")
+    assert torch.equal(logits(again, ids), expected)
+    again.save_pretrained(tmp_path / "second")  # which bitsandbytes cannot
+    assert torch.equal(logits(load(tmp_path / "second"), ids), expected)
+    dense = again.dequantize()
+    assert (logits(dense, ids) - expected).float().norm() < 0.05 * original.norm()
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_model_on_two_devices(ids, tmp_path):

@@ -8,10 +8,10 @@
 
 struct I32 { i32 value; };  // an output that is not scaled
 
-// What x and the bias are, and what outliers are multiplied as.
-template <class T> struct Types { using Float = T; using Half = T; enum { PIECES = 1, SCALED = true }; };
-template <> struct Types<F32> { using Float = F32; using Half = Bf16; enum { PIECES = 3, SCALED = true }; };
-template <> struct Types<I32> { using Float = Bf16; using Half = Bf16; enum { PIECES = 1, SCALED = false }; };
+// What x and the bias are, what outliers are multiplied as by an MMA, and whether they are: fp32's would lose precision.
+template <class T> struct Types { using Float = T; using Half = T; enum { SCALED = true, OUTLIERS = true }; };
+template <> struct Types<F32> { using Float = F32; using Half = Bf16; enum { SCALED = true, OUTLIERS = false }; };
+template <> struct Types<I32> { using Float = Bf16; using Half = Bf16; enum { SCALED = false, OUTLIERS = false }; };
 
 // How x becomes q. Both factors have one rounding each, as bitsandbytes has; `lift` is 1 but for rows so small that 127 / s is
 // infinite, which are 2^100 times larger first.

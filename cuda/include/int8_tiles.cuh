@@ -3,7 +3,7 @@
 // Outliers. Columns of x that have one come as a bitmap. For these the product of codes is only part of the truth: each adds
 // (x − q · s / 127)[m, k] · w[n, k], where q = 0 for the outliers themselves. Sums become floats, times s_m / 127, and go on as the
 // sums of a 16-bit MMA whose K are columns of the bitmap, 16 entries at a time: w's bytes as they are (exact in 16 bits) and what x
-// has left. fp32 has three bf16 entries a column, which hold all its bits. Any number of columns: the list is cut into windows.
+// has left. Any number of columns: the list is cut into windows.
 #pragma once
 #include "int8.cuh"
 #include "warpgroup.cuh"
@@ -18,8 +18,6 @@ constexpr bool SCALED = Types<ELEMENT>::SCALED;
 constexpr u32 ROW = 128;          // bytes of K in a stage
 constexpr u32 MOST_STAGES = 16;
 constexpr u32 ENTRIES = 16;       // of an outlier MMA
-constexpr u32 PIECES = Types<ELEMENT>::PIECES;
-constexpr u32 COLUMNS = ENTRIES / PIECES;  // of x in an outlier MMA
 constexpr u32 HELPERS = 96;       // threads that gather
 constexpr u32 OUTLIERS_W = 128 * ENTRIES * 2, OUTLIERS_X = TOKENS * ENTRIES * 2;
 
@@ -30,22 +28,12 @@ struct Turn {
     }
 };
 
-// A value as three 16-bit numbers that add up to it.
-DEVICE void split(float value, Bf16 (&pieces)[3]) {
-    const u32 high = as_bits(value) & 0xffff0000u;
-    const bool whole = !(fabsf(value) < as_float(0x7f800000u));
-    const float rest = whole ? 0.f : value - as_float(high), middle = as_float(as_bits(rest) & 0xffff0000u);
-    pieces[0] = whole ? from_float<Bf16>(value) : Bf16{u16(high >> 16)};
-    pieces[1] = Bf16{u16(as_bits(middle) >> 16)};
-    pieces[2] = from_float<Bf16>(rest - middle);
-}
-
 // The entries of columns list[0 … count), as the outlier MMA takes them: interleaved, of `weights` rows of w from `w` on at `to_w`, of
 // `tokens` tokens at `to_x`. `left(token, k)` is what x has left.
 template <class Left>
 DEVICE void gather(const u32* list, u32 count, const u8* w, u32 K, u32 weights, u32 tokens, Left left, u8* to_w, u8* to_x, u32 thread) {
     auto place = [](u32 rows, u32 row, u32 entry) { return entry / 8 * (rows * 16) + row * 16 + entry % 8 * 2; };
-    if (count * PIECES < ENTRIES) {
+    if (count < ENTRIES) {
         for (u32 i = thread; i < OUTLIERS_W / 16; i += HELPERS) reinterpret_cast<uint4*>(to_w)[i] = make_uint4(0, 0, 0, 0);
         for (u32 i = thread; i < OUTLIERS_X / 16; i += HELPERS) reinterpret_cast<uint4*>(to_x)[i] = make_uint4(0, 0, 0, 0);
         named_barrier(5, HELPERS);
@@ -55,42 +43,23 @@ DEVICE void gather(const u32* list, u32 count, const u8* w, u32 K, u32 weights, 
 #pragma unroll 4
         for (u32 c = 0; c < count; ++c) {
             const Half value = from_float<Half>(byte_value(from[list[c]], 0));
-            for (u32 i = 0; i < PIECES; ++i) *reinterpret_cast<Half*>(to_w + place(128, row, c * PIECES + i)) = value;
+            *reinterpret_cast<Half*>(to_w + place(128, row, c)) = value;
         }
     }
     for (u32 token = thread; token < tokens; token += HELPERS) {
 #pragma unroll 4
         for (u32 c = 0; c < count; ++c) {
-            const float value = left(token, list[c]);
-            if constexpr (PIECES == 1) {
-                *reinterpret_cast<Half*>(to_x + place(TOKENS, token, c)) = from_float<Half>(value);
-            } else {
-                Bf16 pieces[3];
-                split(value, pieces);
-                for (u32 i = 0; i < PIECES; ++i) *reinterpret_cast<Bf16*>(to_x + place(TOKENS, token, c * PIECES + i)) = pieces[i];
-            }
+            *reinterpret_cast<Half*>(to_x + place(TOKENS, token, c)) = from_float<Half>(left(token, list[c]));
         }
     }
 }
 
-// Adds a chunk of entries, of the 64 weights of `group`, to sums. MMAs add with less than fp32's precision, so that fp32 has each
-// chunk's sums by themselves.
+// Adds a chunk of entries, of the 64 weights of `group`, to sums.
 DEVICE void add_outliers(float (&sums)[TOKENS / 2], u32 w, u32 x, u32 group) {
-    const u64 left = interleaved_operand(w + group * 64 * 16, 128 * 16), right = interleaved_operand(x, TOKENS * 16);
-    auto multiply = [&](float (&d)[TOKENS / 2]) {
-        pin(d);
-        mma_fence();
-        mma_16<Half, TOKENS>(d, left, right);
-        mma_commit();
-        mma_wait<0>();
-        pin(d);
-    };
-    if constexpr (PIECES == 1) {
-        multiply(sums);
-    } else {
-        float fresh[TOKENS / 2] = {};
-        multiply(fresh);
-#pragma unroll
-        for (u32 i = 0; i < TOKENS / 2; ++i) sums[i] += fresh[i];
-    }
+    pin(sums);
+    mma_fence();
+    mma_16<Half, TOKENS>(sums, interleaved_operand(w + group * 64 * 16, 128 * 16), interleaved_operand(x, TOKENS * 16));
+    mma_commit();
+    mma_wait<0>();
+    pin(sums);
 }

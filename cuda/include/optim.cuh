@@ -30,7 +30,6 @@ struct Parameter {
     DEVICE bool aligned() const { return about & 32; }
     DEVICE bool master() const { return about & 64; }
     DEVICE bool compensated() const { return about & 128; }
-    DEVICE bool fetched() const { return about & 256; }  // everything lies at multiples of 16
     DEVICE u32 index() const { return u32(about >> 32); }
 };
 static_assert(sizeof(Parameter) == 96, "as rust/halfbyte/src/optim/cuda.rs has it");

@@ -17,9 +17,6 @@ DEVICE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 
         "l"(&map), "r"(barrier), "r"(column), "r"(row)
         : "memory");
 }
-DEVICE void prefetch_box(const TensorMap& map, u32 column, u32 row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
-}
 DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 // An arrival that also announces bytes of copies.

@@ -249,13 +249,6 @@ pub static IMAGES: &[Image] = &[
     },
     Image {
         family: "int8_rows",
-        capability: 80,
-        specific: false,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("int8_rows.compute_80.ptx"), "\0"),
-    },
-    Image {
-        family: "int8_rows",
         capability: 90,
         specific: false,
         ptx_version: "8.0",
@@ -402,25 +395,11 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("int8_wgmma_f16_256.compute_90a.ptx"), "\0"),
     },
     Image {
-        family: "int8_wgmma_f32_16",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("int8_wgmma_f32_16.compute_90a.ptx"), "\0"),
-    },
-    Image {
         family: "int8_wgmma_f32_32",
         capability: 90,
         specific: true,
         ptx_version: "8.0",
         ptx: concat!(include_str!("int8_wgmma_f32_32.compute_90a.ptx"), "\0"),
-    },
-    Image {
-        family: "int8_wgmma_f32_64",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("int8_wgmma_f32_64.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "int8_wgmma_f32_128",
@@ -430,25 +409,11 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("int8_wgmma_f32_128.compute_90a.ptx"), "\0"),
     },
     Image {
-        family: "int8_wgmma_i32_16",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("int8_wgmma_i32_16.compute_90a.ptx"), "\0"),
-    },
-    Image {
         family: "int8_wgmma_i32_32",
         capability: 90,
         specific: true,
         ptx_version: "8.0",
         ptx: concat!(include_str!("int8_wgmma_i32_32.compute_90a.ptx"), "\0"),
-    },
-    Image {
-        family: "int8_wgmma_i32_64",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("int8_wgmma_i32_64.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "int8_wgmma_i32_128",

@@ -18,18 +18,17 @@ using Float = Types<ELEMENT>::Float;
 constexpr bool SCALED = Types<ELEMENT>::SCALED;
 constexpr u32 WIDTH = 128, STEP = 64, PADDED = STEP + 16, BLOCK = 256, CHUNK = 16;
 
-// 16 bytes of a row from column k on, zeros beyond it.
+// 16 bytes of a row from column k on, zeros beyond it. What is not `whole` is read byte by byte, in a loop: it would be long.
+DEVICE u64 load_single_bytes(const u8* row, u32 k, u32 K) {
+    u64 bytes = 0;
+#pragma unroll 1
+    for (u32 i = min(8, K - min(k, K)); i > 0; --i) bytes = bytes << 8 | row[k + i - 1];
+    return bytes;
+}
 DEVICE uint4 load_bytes(const u8* row, u32 k, u32 K, bool whole) {
     if (whole) return k < K ? __ldg(reinterpret_cast<const uint4*>(row + k)) : make_uint4(0, 0, 0, 0);
-    u32 words[4];
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        words[i] = 0;
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j)
-            if (k + 4 * i + j < K) words[i] |= u32(row[k + 4 * i + j]) << 8 * j;
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    const u64 low = load_single_bytes(row, k, K), high = load_single_bytes(row, k + 8, K);
+    return make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));
 }
 
 template <u32 TILE>

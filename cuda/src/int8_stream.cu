@@ -1,6 +1,6 @@
-// A whole 8-bit layer for M ≤ 8 in one launch, the weights as one stream: rows of x are quantized by every block for itself.
+// A whole 8-bit layer for a few rows in one launch, the weights as one stream: rows of x are quantized by every block for itself.
 //
-//   x [M, K], w int8 [N, K], column_stats [N], out [M, N]; K % 16 = 0, x and w at multiples of 16 bytes. From sm_90 on.
+//   x [M, K], M ≤ 8, w int8 [N, K], column_stats [N], out [M, N]; K % 16 = 0, x and w at multiples of 16 bytes. From sm_90 on.
 //
 // A block owns `tiles` tiles of 16 weights, and goes through each along K in stages of 16 × 1024 bytes, so that memory is read row by
 // row. A warp fills the ring of stages by the tensor memory accelerator; 8 warps multiply, each its 128 bytes of K of a stage by
@@ -12,8 +12,8 @@
 // marked in a bitmap; three more warps list them and gather w's bytes and what x has left, WINDOW at a time, which the last step adds
 // in fp32.
 //
-// Programmatic dependent launch, as in int8_wgmma.cu: two blocks fit on a multiprocessor, so that the next launch's are there, and
-// fetch weights into the L2, while the last ones of this launch end.
+// Programmatic dependent launch, as in int8_wgmma.cu. Where the weights of a block are few, two blocks fit on a multiprocessor: the
+// next launch's are there when this one ends.
 //
 // Bytes: N·K + 2·M·K (from the L2) a block + out.
 #include "int8.cuh"
@@ -143,7 +143,7 @@ DEVICE void gather(const Layer& p, const Room& room, u32 n0, u32 skip, u32 count
     }
 }
 
-DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages, u32 ahead) {
+DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages) {
     extern __shared__ u8 dynamic[];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
     __shared__ u32 maxima[MOST_TOKENS];
@@ -174,12 +174,7 @@ DEVICE void stream(const TensorMap& w_map, const Layer& p, u32 tiles, u32 stages
     if (warp == WARPS) {
         if (lane < stages) barrier_init(full + lane * 8, 1), barrier_init(empty + lane * 8, WARPS);
         barrier_init_fence();
-        // The first stages into the L2 only, where a late write to them would still be seen.
         if (lane == 0) prefetch_map(w_map);
-        for (u32 i = lane; i < ahead * BLOCKS; i += WARP) {
-            const u32 step = i / BLOCKS, tile = step / steps, block = first + step % steps * BLOCKS + i % BLOCKS;
-            if (tile < tiles && block < last) prefetch_box(w_map, block * 128, n0 + tile * TILE);
-        }
     } else {
         const u32 others = warp < WARPS ? thread : thread - WARP;
         if (others < MOST_TOKENS) maxima[others] = 0;
@@ -299,8 +294,7 @@ KERNEL __launch_bounds__(ALL_THREADS, 2)
     linear_int8(const __grid_constant__ TensorMap w_map,  // boxes of 16 × 128
                 const ELEMENT* x, const u8* w, const float* column_stats, const ELEMENT* bias, ELEMENT* out, u32 M, u32 N, u32 K,
                 float threshold,  // NaN for none
-                u32 tiles, u32 stages,
-                u32 ahead) {  // stages that are fetched early
+                u32 tiles, u32 stages) {
     const Layer layer = {x, w, column_stats, bias, out, M, N, K, threshold};
-    stream(w_map, layer, tiles, stages, ahead);
+    stream(w_map, layer, tiles, stages);
 }

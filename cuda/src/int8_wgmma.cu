@@ -10,8 +10,8 @@
 //   three warps   gather outliers, if there are any (int8_tiles.cuh)
 //   1 or 2 groups multiply: 64 weights × TOKENS tokens each, sums in registers
 //
-// Programmatic dependent launch: the first of the weights are fetched into the L2 (where a late write to them would still be seen)
-// before the kernel waits for the one ahead of it. Where a multiprocessor has room for two blocks, the next launch's are there by then.
+// Programmatic dependent launch: barriers and tensor maps are ready when the kernel ahead ends. (To fetch weights into the L2 by then
+// makes everything slower: they come at the cost of what that kernel still reads.)
 //
 // Bytes: N·K + M·K (a tile's from the L2 for each tile beside it) + out.
 #include "int8_tiles.cuh"
@@ -129,11 +129,11 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
             const u64 at = u64(tile.tokens + token) * p.K + k;
             return residual(to_float(p.x[at]), byte_value(p.q[at], 0), p.row_stats[tile.tokens + token]);
         };
-        for (u32 c = 0; c < count; c += COLUMNS) {
-            if (c < window || min(c + COLUMNS, count) > window + WINDOW) window = c, relist();
+        for (u32 c = 0; c < count; c += ENTRIES) {
+            if (c < window || min(c + ENTRIES, count) > window + WINDOW) window = c, relist();
             barrier_wait(o_full + 8, parity ^ 1);
             parity ^= 1;
-            gather(list + (c - window), min(COLUMNS, count - c), p.w + u64(tile.weights) * p.K, p.K, weights, tokens, left, to_w, to_x, thread);
+            gather(list + (c - window), min(ENTRIES, count - c), p.w + u64(tile.weights) * p.K, p.K, weights, tokens, left, to_w, to_x, thread);
             fence_for_mma();
             barrier_arrive(o_full);
         }
@@ -144,8 +144,7 @@ KERNEL __launch_bounds__(384, 1)
     matmul_int8(const __grid_constant__ TensorMap w_map,  // boxes of `rows` × 128
                 const __grid_constant__ TensorMap q_map,  // boxes of TOKENS × 128
                 const float* row_stats, const float* column_stats, const Float* bias, ELEMENT* out, const Float* x, const u8* q,
-                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles,
-                u32 ahead) {  // boxes of weights that are fetched early
+                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles) {
     const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, M, N, K, rows, ring_stages, group_tiles};
     extern __shared__ u8 dynamic[];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + 3];
@@ -169,12 +168,7 @@ KERNEL __launch_bounds__(384, 1)
         if (lane == 0) barrier_init(o_full, HELPERS), barrier_init(o_empty, groups * 4), barrier_init(listed, 1);
         barrier_init_fence();
     }
-    if (threadIdx.x == groups * 128) {
-        // The weights' first stages, into the L2 only, where a late write to them would still be seen.
-        prefetch_map(w_map), prefetch_map(q_map);
-        const Tile tile = tiles.get(first);
-        for (u32 i = 0; i < min(ahead, steps); ++i) prefetch_box(w_map, i * ROW, tile.weights);
-    }
+    if (threadIdx.x == groups * 128) prefetch_map(w_map), prefetch_map(q_map);
     wait_for_predecessors();
     __syncthreads();
 
@@ -197,7 +191,7 @@ KERNEL __launch_bounds__(384, 1)
                     }
                 }
             }
-        } else if (SCALED && p.outliers != nullptr) {
+        } else if (Types<ELEMENT>::OUTLIERS && p.outliers != nullptr) {
             serve_outliers(p, tiles, first, stride, list, outlier_count, outliers_w, outliers_x, o_full, threadIdx.x - groups * 128 - WARP);
         }
     } else {
@@ -207,7 +201,7 @@ KERNEL __launch_bounds__(384, 1)
         const u32 row = group * 64 + warp % 4 * 16 + g;
         float* const my_scales = scales + group * TOKENS;
         u32 count = 0, o_turn = 0;
-        bool asked = !SCALED || p.outliers == nullptr;
+        bool asked = !Types<ELEMENT>::OUTLIERS || p.outliers == nullptr;
         Turn turn;
         for (u32 i = first; i < tiles.count(); i += stride) {
             const Tile tile = tiles.get(i);
@@ -254,7 +248,7 @@ KERNEL __launch_bounds__(384, 1)
                     count = *static_cast<volatile u32*>(&outlier_count);
                     asked = true;
                 }
-                for (u32 c = 0; c < count; c += COLUMNS) {
+                for (u32 c = 0; c < count; c += ENTRIES) {
                     barrier_wait(o_full, o_turn);
                     o_turn ^= 1;
                     add_outliers(f, shared_address(outliers_w), shared_address(outliers_x), group);

@@ -13,7 +13,7 @@
 #include "search_table.cuh"
 
 // As rust/halfbyte/src/optim/cuda.rs has it. Registers for rules with three states, and for the extras, cost warps.
-constexpr u32 THREADS = RULE::STATES > 2 ? 512 : 768, EXTRAS_THREADS = 512;
+constexpr u32 THREADS = RULE::STATES > 2 ? 640 : 768, EXTRAS_THREADS = 512;
 constexpr u32 STATES = RULE::STATES;
 constexpr bool BOTH = RULE::SIGNED < STATES;  // maps
 #if __CUDA_ARCH__ >= 900
@@ -244,20 +244,6 @@ struct Work {
     }
 };
 
-// Asks for neighbouring blocks of a parameter, which will be taken soon, to come as far as the L2 cache: that costs no registers.
-DEVICE void fetch_ahead(const Slot& slot, u32 number, u32 blocks) {
-#if __CUDA_ARCH__ >= 900
-    auto fetch = [&](const u8* from, u32 size) {
-        from += u64(number) * (BLOCK * size);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(blocks * BLOCK * size) : "memory");
-    };
-    fetch(slot.at.p, slot.at.type() == F32_TYPE ? 4 : 2);
-    fetch(slot.grad, slot.at.grad_type() == F32_TYPE ? 4 : 2);
-#pragma unroll
-    for (u32 s = 0; s < STATES; ++s) fetch(slot.at.states[s], slot.at.eight() ? 1 : 4);
-#endif
-}
-
 // Goes over all blocks of a group. EXTRAS: master copies, compensation, rounding by chance. SUMS: nothing is written but each
 // block's sums of squares of parameter and update.
 template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float2* sums) {
@@ -301,9 +287,6 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         const bool whole = slot.at.aligned() && number < u32(slot.at.n / BLOCK), eight = slot.at.eight();
         const Spot spot{number, lane, whole, slot.at.n};
         const bool master = (EXTRAS || SUMS) && slot.at.master();
-        // What all warps here will take next, less the last block, which may not be whole.
-        if (threadIdx.x == 0 && slot.at.fetched() && block + warps + together < place.end) fetch_ahead(slot, number + warps, together);
-
         if (!EXTRAS && !SUMS && whole && eight && !request.skip_zeros && slot.at.type() == slot.at.grad_type()) {
             const u32 type = slot.at.type();
             const bool done = type == BF16_TYPE  ? work.template quick<BF16_TYPE>(spot)

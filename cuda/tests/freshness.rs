@@ -102,7 +102,7 @@ fn kernels_do_not_spill() {
 #[test]
 fn images_stay_small_enough_to_compile_quickly() {
     for image in IMAGES {
-        assert!(image.ptx.len() <= 320 << 10, "{} for {}: {} bytes", image.family, image.capability, image.ptx.len());
+        assert!(image.ptx.len() <= 336 << 10, "{} for {}: {} bytes", image.family, image.capability, image.ptx.len());
     }
-    assert!(IMAGES.iter().map(|image| image.ptx.len()).sum::<usize>() <= 5 << 20);
+    assert!(IMAGES.iter().map(|image| image.ptx.len()).sum::<usize>() <= 10 << 20);
 }

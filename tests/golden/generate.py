@@ -17,6 +17,9 @@ four_bit.safetensors
     Metadata ``json`` and ``nested_json`` hold a line a case.
 eight_bit.safetensors
     The same for blockwise 8-bit: ``map blocksize dtype n seed``; ``codes``, ``absmax``, ``digest``; and the two maps.
+int8.safetensors
+    Rows of LLM.int8(), :data:`INT8_CASES`: ``{i}.codes``, ``{i}.stats`` and, with a threshold, ``{i}.columns`` of case
+    i; and the ``state_dict`` of a ``Linear8bitLt``, named ``layer.``.
 checkpoints.safetensors
     The ``state_dict`` of several ``Linear4bit``, named ``{kind}_{storage dtype}_{plain or nested}``. Those with
     ``default`` in the name were made while bfloat16 was torch's default dtype.
@@ -42,6 +45,14 @@ import numpy as np
 HERE = Path(__file__).parent
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = ("float32", "float16", "bfloat16")
+INT8_CASES = (  # rows, columns, seed, threshold
+    (1, 1, 1, 0.0),
+    (1, 77, 2, 6.0),
+    (5, 64, 3, 0.0),
+    (9, 100, 4, 1.5),
+    (16, 33, 5, 0.25),
+    (40, 257, 6, 6.0),
+)
 WIDE_BLOCKS_CASE = (520 * 64 + 33,)  # more than two blocks of nested statistics
 
 
@@ -239,6 +250,34 @@ def write_eight_bit() -> None:
     save_file(tensors, HERE / "eight_bit.safetensors", metadata(cases=lines))
 
 
+def int8_input(rows: int, columns: int, seed: int) -> np.ndarray:
+    """fp16 rows, every 13th column eight times as large."""
+    x = make_input(seed, rows * columns).reshape(rows, columns)
+    x[:, ::13] *= 8
+    return x.astype(np.float16)
+
+
+def write_int8() -> None:
+    """Write what bitsandbytes' LLM.int8() makes of the cases, and a layer's checkpoint."""
+    import bitsandbytes as bnb
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for i, (rows, columns, seed, threshold) in enumerate(INT8_CASES):
+        x = torch.from_numpy(int8_input(rows, columns, seed))
+        codes, stats, outliers = bnb.functional.int8_vectorwise_quant(x, threshold)
+        tensors |= {f"{i}.codes": codes, f"{i}.stats": stats}
+        if outliers is not None:
+            tensors[f"{i}.columns"] = outliers
+    layer = bnb.nn.Linear8bitLt(88, 12, bias=True, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bnb.nn.Int8Params(torch.from_numpy(make_input(9, 88 * 12).reshape(12, 88)), requires_grad=False)
+    layer.to("cpu")
+    layer.bias.data = torch.arange(12, dtype=torch.float32)
+    tensors |= {f"layer.{key}": value.detach().clone() for key, value in layer.state_dict().items()}
+    save_file(tensors, HERE / "int8.safetensors", metadata())
+
+
 def write_checkpoints() -> None:
     import bitsandbytes as bnb
     import torch
@@ -279,4 +318,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     write_four_bit()
     write_eight_bit()
+    write_int8()
     write_checkpoints()

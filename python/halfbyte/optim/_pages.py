@@ -16,7 +16,7 @@ from halfbyte import _native
 from halfbyte.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 LEAST: Final = 100_000
 """Parameters of fewer elements have ordinary states."""
@@ -25,30 +25,46 @@ _BUFFER_BYTES: Final = 64 << 20
 _ALIGNMENT: Final = 256
 
 
+class _Memory:
+    """A buffer of managed memory, as torch takes it for memory of its GPU; lives while a tensor on it does."""
+
+    def __init__(self, size: int, index: int) -> None:
+        self.buffer = _native.PagedBuffer(size, index)
+        address = torch.frombuffer(self.buffer, dtype=torch.uint8).data_ptr()
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
 class Pages:
     """Hands out zeroed pieces of managed memory. A buffer, of `least` bytes or more, lives while a piece of it does."""
 
     def __init__(self, least: int = _BUFFER_BYTES) -> None:
         self._least = least
-        self._open: dict[int, tuple[Any, int]] = {}
+        self._open: dict[int, tuple[Tensor, Any, int]] = {}
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a zeroed tensor that the GPU `device` and the CPU both reach; torch takes it for one on the CPU.
+        """Return a zeroed tensor on a GPU, whose memory the driver may move to the host and back.
 
         Its attributes ``is_paged`` and ``page_deviceid`` are those that bitsandbytes sets; ``page_buffer`` is the whole
         buffer.
         """
         index = torch.cuda.current_device() if device.index is None else device.index
         size = prod(shape) * dtype.itemsize
-        buffer, start = self._open.get(index, (None, 0))
-        if buffer is None or start + size > self._least:
-            buffer, start = _native.PagedBuffer(max(size, self._least), index), 0
+        whole, buffer, start = self._open.get(index, (None, None, 0))
+        if whole is None or start + size > whole.numel():
+            memory = _Memory(max(size, self._least), index)
+            whole, buffer, start = torch.as_tensor(memory, device=torch.device("cuda", index)), memory.buffer, 0
         end = start + -(-size // _ALIGNMENT) * _ALIGNMENT
         if end < self._least:
-            self._open[index] = buffer, end
+            self._open[index] = whole, buffer, end
         else:
             self._open.pop(index, None)
-        piece = torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=start).view(tuple(shape))
+        piece: Tensor = whole[start : start + size].view(dtype).view(tuple(shape))
         piece.is_paged, piece.page_deviceid, piece.page_buffer = True, index, buffer  # type: ignore[attr-defined]
         return piece
 
@@ -91,15 +107,8 @@ class GlobalPageManager:
 def get_paged(
     *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str | int | None = None
 ) -> Tensor:
-    """Return zeros in managed memory, a tensor that torch takes for one on the CPU.
-
-    Parameters
-    ----------
-    device
-        The GPU that reaches it too. Default: the current one.
-    """
-    where = torch.device("cuda" if device is None else device)
-    return Pages(0).zeros(shape, dtype, where)
+    """Return zeros in managed memory, as a tensor on the GPU `device`, or the current one."""
+    return Pages(0).zeros(shape, dtype, torch.device("cuda" if device is None else device))
 
 
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
@@ -117,16 +126,9 @@ def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
 
 def fill(A: Tensor, value: float, device: Any = None, prefetch: bool = True) -> None:  # noqa: ARG001
     """Fill a tensor, paged or not. The last two arguments are bitsandbytes' and change nothing."""
-    _in_place(A, A.fill_, value)
+    A.fill_(value)
 
 
 def _mul(A: Tensor, B: Tensor, device: Any = None) -> None:  # noqa: ARG001
     """Multiply a tensor by another in place. `device` is bitsandbytes' and changes nothing."""
-    _in_place(A, A.mul_, B)
-
-
-def _in_place(A: Tensor, change: Callable[[Any], Tensor], value: Any) -> None:
-    """Let the host write to a tensor once the GPU has done with it."""
-    if is_paged(A):
-        torch.cuda.synchronize(A.page_deviceid)  # type: ignore[attr-defined]
-    change(value)
+    A.mul_(B)

@@ -27,6 +27,7 @@ from torch import Tensor
 from halfbyte._tables import dynamic_map
 from halfbyte.errors import CheckpointError
 from halfbyte.functional import dequantize_blockwise, quantize_blockwise
+from halfbyte.optim._pages import is_paged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,15 +71,20 @@ def shard_of(param: Tensor) -> str:
     return f".shard{index}of{count}" if count > 1 else ""
 
 
+def given_out(value: Any) -> Any:
+    """Return a tensor as a state dict has it: on the host if it is paged, for it is a part of a larger buffer."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.cpu() if is_paged(value) else value.detach()
+
+
 def wrap(state: Mapping[str, Any], names: frozenset[str] | set[str], shard: str = "") -> dict[str, Any]:
     """Return a copy of one parameter's state for a state dict: tensors of `names` nested, the step a number.
 
     States of a part have its name behind theirs: a distributed checkpoint keeps one tensor of a name, and would give
     all processes the states of one.
     """
-    # Another tensor object on the same memory does not take along what marks paged ones.
-    tensors = {key + shard: value for key, value in state.items() if key in names}
-    wrapped = {key: value.detach() if isinstance(value, Tensor) else value for key, value in tensors.items()}
+    wrapped = {key + shard: given_out(value) for key, value in state.items() if key in names}
     flat = {key: value for key, value in state.items() if key not in names}
     if isinstance(flat.get("step"), Tensor):
         flat["step"] = int(flat["step"].item())

@@ -32,6 +32,7 @@ from halfbyte.optim._states import (
     blocks,
     check_groups,
     complete,
+    given_out,
     modernize,
     shard_of,
     unwrap,
@@ -350,11 +351,10 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
     def state_dict(self) -> dict[str, Any]:
         """Return states and groups, in the form of bitsandbytes: tensors of a parameter in a dict of their own.
 
-        Tensors are not copied. States in paged memory are waited for, and with ``capturable`` step counts too.
+        Tensors are not copied, except for paged ones, which are on the CPU there. With ``capturable``, step counts are
+        waited for.
         """
         state_dict: dict[str, Any] = super().state_dict()
-        if any(is_paged(value) for state in self.state.values() for value in state.values()):
-            torch.cuda.synchronize()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         state_dict["state"] = {
             key: wrap(state, self.non_castable_tensor_keys, shard_of(params[key])) if isinstance(key, int) else state
@@ -423,9 +423,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
             elif name in ("qmap1", "qmap2") and move:
                 placed[name] = self._qmap("dynamic" if name == "qmap1" else "udynamic", param.device)
             elif name in ("state1", "state2") and move and self._is_paged(param):
-                pages = self._pages.zeros(value.shape, value.dtype, param.device)
-                torch.cuda.synchronize(param.device)  # zeroed by now
-                placed[name] = pages.copy_(value)
+                placed[name] = self._pages.zeros(value.shape, value.dtype, param.device).copy_(value)
             else:
                 placed[name] = value.detach().to(param.device if move else value.device, copy=True)
         return placed
@@ -434,9 +432,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
         state = defaultdict(dict, self.state)
         for param, entry in self.state.items():
             if any(map(is_paged, entry.values())):
-                torch.cuda.synchronize()
-                # Other tensors on the same memory, without what marks them as paged.
-                state[param] = {key: value.detach() if is_paged(value) else value for key, value in entry.items()}
+                state[param] = {key: given_out(value) for key, value in entry.items()}
         return {"state": state} | {name: getattr(self, name) for name in ("defaults", "param_groups", *_OWN)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

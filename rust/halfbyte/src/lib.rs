@@ -1,6 +1,6 @@
 //! 4-bit and 8-bit quantization of weights, and computing with them.
 //!
-//! NF4 and FP4 with double quantization, blockwise 8-bit, on the CPU (AVX2 and AVX-512 chosen at run time) and on CUDA
+//! NF4 and FP4 with double quantization, blockwise 8-bit, LLM.int8(), on the CPU (AVX2 and AVX-512 chosen at run time) and on CUDA
 //! (feature `cuda`; the driver is found at run time). Bytes are those of bitsandbytes. No Python and no torch here.
 
 pub mod checkpoint;

@@ -13,7 +13,7 @@ use halfbyte::four_bit::Spec;
 use proptest::test_runner::{Config, TestRunner};
 use safetensors::Dtype;
 
-const CASES: u32 = 3000;
+const CASES: u32 = 1000;
 
 /// Changes a file's bytes: a digit of its header, a bit anywhere, its length, the length of its header.
 fn damage(random: &mut Random, bytes: &mut Vec<u8>) {
@@ -23,7 +23,7 @@ fn damage(random: &mut Random, bytes: &mut Vec<u8>) {
     let header = bytes.get(..8).map_or(0, |b| u64::from_le_bytes(b.try_into().unwrap()) as usize).min(bytes.len());
     match random.below(7) {
         0 => bytes.truncate(random.below(bytes.len())),
-        1 => bytes.extend((0..1 + random.below(9)).map(|_| 0)),
+        1 => bytes.extend((0..=random.below(9)).map(|_| 0)),
         2 => bytes[random.below(8)] ^= 1 << random.below(8),
         3 => {
             let at = random.below(bytes.len());
@@ -96,8 +96,11 @@ fn damaged_files_give_errors_or_results() {
             let folder = Folder::new();
             fs::create_dir(folder.join("src")).unwrap();
             let mut files = random.pick(&valid).clone();
-            for _ in 0..1 + random.below(3) {
+            for _ in 0..=random.below(3) {
                 let names: Vec<String> = files.keys().filter(|n| *n != "tokenizer.json").cloned().collect();
+                if names.is_empty() {
+                    break;
+                }
                 let name = random.pick(&names).clone();
                 if random.below(12) == 0 && files.len() > 1 {
                     files.remove(&name);

@@ -3,7 +3,7 @@
 //! Outlier columns travel as a bitmap: int32 `[⌈K / 32⌉]`, bit `c % 32` of word `c / 32` for column `c`.
 
 use halfbyte::int8;
-use halfbyte::{Dtype, Error, bf16, f16};
+use halfbyte::{Dtype, Error};
 use pyo3::prelude::*;
 
 use crate::dlpack::{Place, TensorRef};
@@ -41,7 +41,11 @@ fn rows_of(tensor: &TensorRef) -> Result<(usize, usize), Error> {
 
 /// A matrix.
 fn matrix(tensor: &TensorRef) -> Result<(usize, usize), Error> {
-    if tensor.shape().len() == 2 { rows_of(tensor) } else { Err(shape_error(tensor.name, "[rows, columns]".into(), tensor)) }
+    if tensor.shape().len() == 2 {
+        rows_of(tensor)
+    } else {
+        Err(shape_error(tensor.name, "[rows, columns]".into(), tensor))
+    }
 }
 
 fn expect_f32(tensor: &TensorRef, len: usize) -> Result<(), Error> {
@@ -495,7 +499,7 @@ pub(crate) fn int8_linear_workspace(x: &Bound<'_, PyAny>, n: usize, threshold: f
     let x = TensorRef::new("x", x)?;
     let place = x.place().map_err(raise)?;
     let none = || -> Result<usize, Error> { Ok(0) };
-    by_place!(place, none(), device => cuda::linear_workspace(device, &x, n, threshold))
+    by_place!(place, none(), _device => Ok(cuda::linear_workspace(&x, n, threshold)))
 }
 
 /// A whole layer: rows of `x` [..., K] quantized, multiplied with `w` [N, K], outlier columns in floating point, `bias` added.
@@ -566,5 +570,8 @@ pub(crate) fn layer(
 /// `HALFBYTE_SIMD` says otherwise.
 #[pyfunction]
 pub(crate) fn int8_levels() -> Vec<String> {
-    int8::cpu::Instructions::available().into_iter().map(|instructions| format!("{instructions:?}").to_lowercase()).collect()
+    int8::cpu::Instructions::available()
+        .into_iter()
+        .map(|instructions| format!("{instructions:?}").to_lowercase())
+        .collect()
 }

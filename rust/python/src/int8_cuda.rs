@@ -155,8 +155,8 @@ pub(crate) fn workspace_for(
     Ok(if none { 0 } else { cuda::linear_workspace(shape, threshold) })
 }
 
-pub(crate) fn linear_workspace(_device: i32, x: &TensorRef, n: usize, threshold: f32) -> PyResult<usize> {
-    Ok(cuda::linear_workspace(layer(x, n), threshold))
+pub(crate) fn linear_workspace(x: &TensorRef, n: usize, threshold: f32) -> usize {
+    cuda::linear_workspace(layer(x, n), threshold)
 }
 
 pub(crate) fn linear(

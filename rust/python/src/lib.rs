@@ -37,17 +37,17 @@ mod _native {
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
     use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
-    #[cfg(feature = "cuda")]
-    #[pymodule_export]
-    use super::optim::PagedBuffer;
-    #[pymodule_export]
-    use super::optim::{OptimPlan, optim_grad_norm};
     #[pymodule_export]
     use super::int8::{
         int8_column_stats, int8_dequantize_rows, int8_levels, int8_linear, int8_linear_workspace, int8_matmul,
         int8_matmul_int32, int8_mm_dequant, int8_outlier_bitmap, int8_outlier_columns, int8_quantize_columns,
         int8_quantize_rows, int8_zero_columns,
     };
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::optim::PagedBuffer;
+    #[pymodule_export]
+    use super::optim::{OptimPlan, optim_grad_norm};
     #[pymodule_export]
     use super::search::encode_4bit;
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -127,10 +127,7 @@ def _part(name: str, tensor: torch.Tensor) -> tuple[str, str, bytes]:
 
 
 def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    quantize_rows: Any = getattr(functional, "int8_vectorwise_quant", None)
-    if quantize_rows is None:
-        raise ArgumentError("--device: int8 is quantized on the CPU only, got cuda")
-    codes, scales, _ = quantize_rows(weight.to(torch.float16))
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
     return {"": codes, "SCB": scales, "weight_format": torch.zeros((), dtype=torch.uint8)}
 
 

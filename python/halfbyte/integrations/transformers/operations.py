@@ -60,6 +60,8 @@ class Quantize(_Operation):
 
     def _quantized(self, module: Any, leaf: str, value: Tensor) -> Tensor:
         template = module._parameters[leaf]
+        if hasattr(template, "placements"):  # sliced for tensor parallelism
+            template = module.unsharded
         if issubclass(getattr(module, "source_cls", torch.nn.Linear), Conv1D):
             value = value.T.contiguous()
         if getattr(module, "source_is_transposed", False):
@@ -89,6 +91,11 @@ class Deserialize4bit(_Operation):
         if packed is None:
             raise CheckpointError(f"checkpoint entry `{full_layer_name}`: missing beside its statistics")
         module, leaf = _owner(model, full_layer_name)
+        if hasattr(module._parameters[leaf], "placements"):
+            raise CheckpointError(
+                f"checkpoint entry `{full_layer_name}`: expected a float weight, as tensor parallelism slices weights "
+                "before they are quantized, got a quantized one"
+            )
         linear = isinstance(module, Linear4bit)
         wanted = (module.out_features, module.in_features) if linear else tuple(module._parameters[leaf].shape)
         parameter = Params4bit.from_prequantized(packed, values, device=packed.device)

@@ -30,6 +30,7 @@ from halfbyte.integrations.transformers.operations import (
     Quantize,
 )
 from halfbyte.nn import Experts4bit, Linear4bit
+from halfbyte.nn.sharded import shard_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,6 +123,10 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(old, nn.Linear | Conv1D):
                 new = _linear(old, chosen)
                 new.source_cls = type(old)
+                # Tensor parallelism: transformers slices what it reads, and runs the layer on this process's slice. It
+                # puts a DTensor in the parameter's place, which does not say how to quantize.
+                new._hf_quantized_needs_local_tp = True
+                new.__dict__["unsharded"] = new._parameters["weight"]
             else:
                 new = Experts4bit.from_module(
                     old,
@@ -211,6 +216,8 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # On saving, transformers runs every conversion of the load backwards. Ours have no way back and need none:
         # the layers' state dict is the checkpoint format.
         # Where experts are saved stacked, transformers must not take the stacks apart either.
+        for module in model.modules():
+            module.__dict__.pop("unsharded", None)
         stacked = self._split_names(model) is None
         conversions = getattr(model, "_weight_conversions", None)
         if conversions:
@@ -259,6 +266,11 @@ class HalfbyteHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Return what is saved: of stacked experts each one by itself, where the model's files have them so."""
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit) and _is_sliced(module):
+                raise HalfbyteError(
+                    f"{name}: a slice of a quantized weight, as tensor parallelism has it, cannot be saved"
+                )
         names = self._split_names(model)
         if not names:
             return None, {}
@@ -365,6 +377,10 @@ def _take_hook(old: Any, new: nn.Module) -> None:
 
         remove_hook_from_module(old)
         add_hook_to_module(new, hook)
+
+
+def _is_sliced(module: Any) -> bool:
+    return hasattr(module.weight, "placements") and shard_of(module.weight) is None
 
 
 def _stacks(module: Any) -> tuple[str, str]:

@@ -36,7 +36,6 @@ mod convert;
 mod files;
 mod header;
 mod inspect;
-mod int8;
 mod names;
 mod plan;
 mod source;

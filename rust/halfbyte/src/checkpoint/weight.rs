@@ -2,11 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 
+use half::f16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype as Stored, View};
 
 use super::header::brief;
-use super::int8;
 use super::plan::float;
 use super::source::{Source, Tensor};
 use super::{QuantizeOptions, Scheme};
@@ -14,12 +14,16 @@ use crate::codebook::Kind;
 use crate::element::{Dtype, Element};
 use crate::error::{Error, Result};
 use crate::four_bit;
+use crate::int8;
 use crate::layout::packed_len;
 use crate::state::{Header, JSON_KEY, QuantState, SIDECARS};
 use crate::with_type;
 
 // Tensors of a file are little-endian, and taken as they lie.
 const _: () = assert!(cfg!(target_endian = "little"));
+
+/// Weights of int8 rows that are converted at a time: less than a whole tensor, which need not be in memory twice.
+const PIECE: usize = 1 << 22;
 
 /// Bytes that are aligned for every element type, to be read into once and again.
 #[derive(Default)]
@@ -117,9 +121,14 @@ pub(super) fn encode<T: Element>(
         }
         Scheme::Int8 => {
             let (rows, columns) = (shape[0], shape[1]);
-            let (mut codes, mut scales) = (vec![0; weights.len()], vec![0.0; rows]);
-            int8::quantize(weights, columns, &mut codes, &mut scales);
-            put(0, &codes)?;
+            let mut scales = vec![0.0; rows];
+            let at_once = (PIECE / columns).max(1);
+            for (weights, scales) in weights.chunks(at_once * columns).zip(scales.chunks_mut(at_once)) {
+                // Through fp16, as bitsandbytes does.
+                let mut codes = vec![0; weights.len()];
+                int8::quantize_rows_into(&cast::<T, f16>(weights), columns, 0.0, &mut codes, scales, None)?;
+                put(0, &codes.into_iter().map(|q| q as u8).collect::<Vec<u8>>())?;
+            }
             put(1, bytes_of(&scales))?;
             put(2, &[0])
         }
@@ -273,8 +282,13 @@ pub(super) fn decode<T: Element>(source: &Source, parts: &[Tensor], shape: &[usi
     if is_int8 {
         let mut out = vec![T::default(); data[0].len()];
         let scales: Vec<f32> = data[1].as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
-        if shape[1] > 0 {
-            int8::dequantize(&data[0], shape[1], &scales, &mut out);
+        let columns = shape[1].max(1);
+        let at_once = (PIECE / columns).max(1);
+        let pieces =
+            data[0].chunks(at_once * columns).zip(scales.chunks(at_once)).zip(out.chunks_mut(at_once * columns));
+        for ((codes, scales), out) in pieces {
+            let codes: Vec<i8> = codes.iter().map(|&q| q as i8).collect();
+            int8::dequantize_into(&codes, columns, scales, out)?;
         }
         return Ok(out);
     }

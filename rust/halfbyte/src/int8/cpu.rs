@@ -249,8 +249,7 @@ impl<T: Element> Finish for Scaled<'_, T> {
             },
             _ => {
                 for (i, out) in out.iter_mut().enumerate() {
-                    let rest = floats.map_or(0.0, |floats| floats[i]) + bias.map_or(0.0, |bias| bias[i].to_f32());
-                    *out = T::from_f32(reference::scaled(sums[i], row_stat, column_stats[i], rest));
+                    *out = reference::finished(sums, row_stat, column_stats, floats, bias, i);
                 }
             }
         }

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::cpu_dot::Dot;
-use super::cpu_product::{Finish, Job, Part, part};
+use super::cpu_product::{Finish, Job, PANEL, Part, part};
 use super::reference::{self, MOST, UNIT, UNIT2};
 use crate::device::cpu::avx2::{largest_i32, load, store};
 use crate::element::Element;
@@ -114,22 +114,9 @@ pub(super) fn scale_row<T: Element>(
             store(out.as_mut_ptr().add(i), _mm256_add_ps(scaled, rest));
         }
     }
-    for i in whole..count {
-        out[i] = T::from_f32(scaled_one(sums, row_stat, column_stats, floats, bias, i));
+    for (i, out) in out.iter_mut().enumerate().skip(whole) {
+        *out = reference::finished(sums, row_stat, column_stats, floats, bias, i);
     }
-}
-
-/// One element of [`scale_row`].
-pub(super) fn scaled_one<T: Element>(
-    sums: &[i32],
-    row_stat: f32,
-    column_stats: &[f32],
-    floats: Option<&[f32]>,
-    bias: Option<&[T]>,
-    i: usize,
-) -> f32 {
-    let rest = floats.map_or(0.0, |floats| floats[i]) + bias.map_or(0.0, |bias| bias[i].to_f32());
-    reference::scaled(sums[i], row_stat, column_stats[i], rest)
 }
 
 /// [`reference::dequantize`] for a row.
@@ -179,6 +166,75 @@ unsafe fn some<const N: usize>(p: *const i8, count: usize) -> [i8; N] {
     codes
 }
 
+/// Writes the 32-bit lanes of 8 vectors as columns, lane `j` of each to `p + j · PANEL`.
+///
+/// # Safety
+/// Room for `7 · PANEL + 8` numbers at `p`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn transpose(rows: &[__m256i; 8], p: *mut i32) {
+    let mut pairs = *rows;
+    let mut i = 0;
+    while i < 8 {
+        pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+        i += 2;
+    }
+    // Half l of `fours[4 q + j]`: column 4 l + j of rows 4 q to 4 q + 3.
+    let mut fours = pairs;
+    i = 0;
+    while i < 8 {
+        fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+        i += 4;
+    }
+    let mut j = 0;
+    while j < 4 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (low, high) = (p.add(j * PANEL).cast(), p.add((4 + j) * PANEL).cast());
+            _mm256_storeu_si256(low, _mm256_permute2x128_si256::<0x20>(fours[j], fours[4 + j]));
+            _mm256_storeu_si256(high, _mm256_permute2x128_si256::<0x31>(fours[j], fours[4 + j]));
+        }
+        j += 1;
+    }
+}
+
+/// What both types do alike for packed panels.
+macro_rules! packed_panels {
+    () => {
+        const LANES: usize = 8;
+        const PACKED_ROWS: usize = 2;
+
+        #[inline(always)]
+        unsafe fn transpose(vectors: &[__m256i], p: *mut i32) {
+            let vectors = vectors.first_chunk().expect("LANES vectors");
+            // SAFETY: the contract of `Dot`.
+            unsafe { transpose(vectors, p) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(p: *const Self::Left) -> __m256i {
+            // SAFETY: as above.
+            unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+        }
+
+        #[inline(always)]
+        unsafe fn packed(p: *const i32) -> __m256i {
+            // SAFETY: as above.
+            unsafe { _mm256_loadu_si256(p.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_to(sum: __m256i, p: *mut i32) {
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_si256(p.cast(), _mm256_add_epi32(sum, _mm256_loadu_si256(p.cast()))) }
+        }
+    };
+}
+
 impl Dot for Vnni {
     type Left = u8;
     type A = __m256i;
@@ -190,6 +246,7 @@ impl Dot for Vnni {
     const ROWS: usize = 2;
     const FLOAT_ROWS: usize = 2;
     const ONE: u8 = 1;
+    packed_panels!();
 
     #[inline(always)]
     fn encode(code: i8) -> u8 {
@@ -254,6 +311,7 @@ impl Dot for Words {
     const ROWS: usize = 2;
     const FLOAT_ROWS: usize = 2;
     const ONE: i16 = 1;
+    packed_panels!();
 
     #[inline(always)]
     fn encode(code: i8) -> i16 {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::cpu_dot::Dot;
-use super::cpu_product::{Finish, Job, Part, part};
+use super::cpu_product::{Finish, Job, PANEL, Part, part};
 use crate::four_bit::cpu_avx512::Avx512 as Floats;
 
 /// Vectors of 64 bytes.
@@ -29,6 +29,81 @@ fn totals([a, b, c, d]: [__m512i; 4]) -> [i32; 4] {
     totals
 }
 
+/// Writes the 32-bit lanes of 16 vectors as columns, lane `j` of each to `p + j · PANEL`.
+///
+/// # Safety
+/// Room for `15 · PANEL + 16` numbers at `p`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn transpose(rows: &[__m512i; 16], p: *mut i32) {
+    let mut pairs = *rows;
+    let mut i = 0;
+    while i < 16 {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        i += 2;
+    }
+    // Quarter l of `fours[4 q + j]`: column 4 l + j of rows 4 q to 4 q + 3.
+    let mut fours = pairs;
+    i = 0;
+    while i < 16 {
+        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+        i += 4;
+    }
+    let mut j = 0;
+    while j < 4 {
+        let even = |a, b| _mm512_shuffle_i32x4::<0x88>(a, b);
+        let odd = |a, b| _mm512_shuffle_i32x4::<0xdd>(a, b);
+        let (first, second) = ((fours[j], fours[4 + j]), (fours[8 + j], fours[12 + j]));
+        let evens = (even(first.0, first.1), even(second.0, second.1));
+        let odds = (odd(first.0, first.1), odd(second.0, second.1));
+        // SAFETY: the caller's promise.
+        unsafe {
+            _mm512_storeu_si512(p.add(j * PANEL).cast(), even(evens.0, evens.1));
+            _mm512_storeu_si512(p.add((4 + j) * PANEL).cast(), even(odds.0, odds.1));
+            _mm512_storeu_si512(p.add((8 + j) * PANEL).cast(), odd(evens.0, evens.1));
+            _mm512_storeu_si512(p.add((12 + j) * PANEL).cast(), odd(odds.0, odds.1));
+        }
+        j += 1;
+    }
+}
+
+/// What both types do alike for packed panels.
+macro_rules! packed_panels {
+    () => {
+        const LANES: usize = 16;
+        const PACKED_ROWS: usize = 8;
+
+        #[inline(always)]
+        unsafe fn transpose(vectors: &[__m512i], p: *mut i32) {
+            let vectors = vectors.first_chunk().expect("LANES vectors");
+            // SAFETY: the contract of `Dot`.
+            unsafe { transpose(vectors, p) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(p: *const Self::Left) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+        }
+
+        #[inline(always)]
+        unsafe fn packed(p: *const i32) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_loadu_si512(p.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_to(sum: __m512i, p: *mut i32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_si512(p.cast(), _mm512_add_epi32(sum, _mm512_loadu_si512(p.cast()))) }
+        }
+    };
+}
+
 impl Dot for Vnni {
     type Left = u8;
     type A = __m512i;
@@ -40,6 +115,7 @@ impl Dot for Vnni {
     const ROWS: usize = 6;
     const FLOAT_ROWS: usize = 4;
     const ONE: u8 = 1;
+    packed_panels!();
 
     #[inline(always)]
     fn encode(code: i8) -> u8 {
@@ -104,6 +180,7 @@ impl Dot for Words {
     const ROWS: usize = 6;
     const FLOAT_ROWS: usize = 4;
     const ONE: i16 = 1;
+    packed_panels!();
 
     #[inline(always)]
     fn encode(code: i8) -> i16 {

@@ -31,6 +31,10 @@ pub(super) trait Dot: Copy + 'static {
     const FLOAT_ROWS: usize;
     /// 1 on the left side, not biased.
     const ONE: Self::Left;
+    /// 32-bit lanes of a vector. A lane holds `STEP / LANES` codes.
+    const LANES: usize;
+    /// Rows of the left side whose sums over a packed panel fit in registers: 8, 2, or 0 for code that does not pack.
+    const PACKED_ROWS: usize = 0;
 
     fn encode(code: i8) -> Self::Left;
     unsafe fn zero() -> Self::Sum;
@@ -44,6 +48,22 @@ pub(super) trait Dot: Copy + 'static {
     unsafe fn dot(sum: Self::Sum, a: Self::A, b: Self::B) -> Self::Sum;
     /// The totals of the lanes.
     unsafe fn totals(sums: [Self::Sum; 4]) -> [i32; 4];
+    /// Writes the lanes of `LANES` vectors as columns: lane `j` of each to `p + j · PANEL`.
+    unsafe fn transpose(_vectors: &[Self::B], _p: *mut i32) {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
+    /// The lane at `p` in all lanes.
+    unsafe fn splat(_p: *const Self::Left) -> Self::A {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
+    /// `LANES` lanes at `p`.
+    unsafe fn packed(_p: *const i32) -> Self::B {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
+    /// Adds a vector of sums to `LANES` numbers at `p`.
+    unsafe fn add_to(_sum: Self::Sum, _p: *mut i32) {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
     /// [`part`], compiled with the instructions.
     unsafe fn run<F: Finish>(job: &Job<'_, Self, F>, part: Part<'_, F::Out>);
 }
@@ -63,6 +83,7 @@ impl Dot for Plain {
     const ROWS: usize = 1;
     const FLOAT_ROWS: usize = 1;
     const ONE: i16 = 1;
+    const LANES: usize = 8;
 
     #[inline(always)]
     fn encode(code: i8) -> i16 {

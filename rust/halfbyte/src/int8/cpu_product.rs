@@ -6,13 +6,15 @@
 //! tile       ROWS rows of a (in the first-level cache) × 4 rows of b: as many vectors of sums as fit in registers
 //! ```
 //!
-//! A sum is the total of a vector's lanes, taken once for DEPTH columns. Integer sums wrap and so are the same in any order.
+//! A sum is the total of a vector's lanes, taken once for DEPTH columns. For many rows of `a` the panel is packed first, see
+//! [`super::cpu_packed`]. Integer sums wrap and so are the same in any order.
 //! Columns in floating point are gathered to fp32 for a panel and multiplied by broadcasting. Threads divide the rows of `b`,
 //! or of `a` where there are more; no result depends on how.
 
 use std::array;
 
 use super::cpu_dot::Dot;
+use super::cpu_packed::{Aligned, packed_panel};
 use super::reference::UNIT;
 use crate::device::cpu::{for_each_task, share};
 use crate::four_bit::cpu_lanes::Lanes;
@@ -21,10 +23,13 @@ use crate::four_bit::cpu_lanes::Lanes;
 pub(super) const PANEL: usize = 48;
 
 /// Columns that are worked on together, a multiple of every STEP.
-const DEPTH: usize = 4096;
+pub(super) const DEPTH: usize = 4096;
+
+/// Rows of `a` from which on a panel of `b` is packed first, for a kernel without totals.
+const WORTH_PACKING: usize = 24;
 
 /// Rows of `a` that are worked on together.
-const TOGETHER: usize = 128;
+const TOGETHER: usize = 256;
 
 /// Rows of `b` in a tile.
 const QUAD: usize = 4;
@@ -53,10 +58,10 @@ pub(super) struct Floats {
 
 /// A product: what all tasks share.
 pub(super) struct Job<'a, D: Dot, F> {
-    left: Vec<D::Left>,
-    stride: usize,
-    b: &'a [i8],
-    k: usize,
+    pub(super) left: Aligned<D::Left>,
+    pub(super) stride: usize,
+    pub(super) b: &'a [i8],
+    pub(super) k: usize,
     /// With the statistics of the rows of `b`.
     floats: Option<(&'a Floats, &'a [f32])>,
     finish: &'a F,
@@ -104,8 +109,8 @@ pub(super) unsafe fn multiply<D: Dot, F: Finish>(
 }
 
 /// The left side: rows of `stride` elements, `k` of them codes. What comes after is multiplied with zeros.
-fn prepared<D: Dot>(a: &[i8], m: usize, k: usize, stride: usize) -> Vec<D::Left> {
-    let mut left = vec![D::Left::default(); m * stride];
+fn prepared<D: Dot>(a: &[i8], m: usize, k: usize, stride: usize) -> Aligned<D::Left> {
+    let mut left = Aligned::new(m * stride, D::Left::default());
     if k == 0 {
         return left;
     }
@@ -128,6 +133,8 @@ pub(super) unsafe fn part<D: Dot, F: Finish>(job: &Job<'_, D, F>, mut part: Part
     let columns = part.rows.first().map_or(0, |row| row.len());
     let ones = if D::BIAS == 0 { Vec::new() } else { vec![D::ONE; DEPTH.min(job.stride)] };
     let mut sums = vec![0i32; TOGETHER.min(part.rows.len()) * PANEL];
+    let packs = D::PACKED_ROWS > 0 && part.rows.len() >= WORTH_PACKING;
+    let mut packed = Aligned::new(if packs { DEPTH.min(job.stride) / (D::STEP / D::LANES) * PANEL } else { 0 }, 0i32);
     let mut floats = job.floats.map(|_| (vec![0f32; sums.len()], vec![0f32; FLOAT_DEPTH * PANEL]));
     // Where every column is in floating point, all codes of `a` are 0.
     let integers = job.floats.is_none_or(|(floats, _)| floats.columns.len() < job.k);
@@ -139,7 +146,13 @@ pub(super) unsafe fn part<D: Dot, F: Finish>(job: &Job<'_, D, F>, mut part: Part
             sums.fill(0);
             if integers {
                 // SAFETY: passed on; rows `row..row + outs.len()` of `a` and `first..first + here` of `b` exist.
-                unsafe { panel(job, &ones, row, outs.len(), first, here, &mut sums) };
+                unsafe {
+                    if packs && outs.len() >= WORTH_PACKING {
+                        packed_panel(job, &ones, row, outs.len(), first, here, &mut packed, &mut sums);
+                    } else {
+                        panel(job, &ones, row, outs.len(), first, here, &mut sums);
+                    }
+                }
             }
             if let (Some((sums, gathered)), Some((floats, stats))) = (&mut floats, job.floats) {
                 // SAFETY: as above.

@@ -13,6 +13,7 @@ mod cpu_avx2;
 #[cfg(target_arch = "x86_64")]
 mod cpu_avx512;
 mod cpu_dot;
+mod cpu_packed;
 mod cpu_product;
 pub mod reference;
 

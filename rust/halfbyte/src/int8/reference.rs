@@ -111,6 +111,19 @@ pub fn scaled(sum: i32, row_stat: f32, column_stat: f32, rest: f32) -> f32 {
     sum as f32 * (row_stat * column_stat) * UNIT2 + rest
 }
 
+/// Result `i` of a row of a product, from the sums, the floating-point part and the bias.
+pub(super) fn finished<T: Element>(
+    sums: &[i32],
+    row_stat: f32,
+    column_stats: &[f32],
+    floats: Option<&[f32]>,
+    bias: Option<&[T]>,
+    i: usize,
+) -> T {
+    let rest = floats.map_or(0.0, |floats| floats[i]) + bias.map_or(0.0, |bias| bias[i].to_f32());
+    T::from_f32(scaled(sums[i], row_stat, column_stats[i], rest))
+}
+
 /// Scales the sums of a product and adds `bias`, rounded once more to the type of `out`.
 pub fn dequantize_product<T: Element>(
     sums: &[i32],

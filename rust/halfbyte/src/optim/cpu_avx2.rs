@@ -3,8 +3,8 @@
 use std::arch::x86_64::*;
 
 use super::cpu_block::{Block, Ways, update};
-use super::rules::Law;
 use super::data::each;
+use super::rules::Law;
 use super::{BLOCK, Floats, FloatsMut, Scalars};
 use crate::codebook::dynamic_map;
 use crate::device::cpu::avx2::{largest_i32, load, store};

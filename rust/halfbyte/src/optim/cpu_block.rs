@@ -7,7 +7,7 @@
 use super::data::each;
 use super::hyper::noise;
 use super::reference::by_chance;
-use super::rules::{Law, Three, is_sound, with_law};
+use super::rules::{Law, Three, is_sound, scale_read, with_law};
 use super::{BLOCK, Common, Extra, Floats, FloatsMut, Rule, Scalars, State};
 use crate::device::cpu::Level;
 
@@ -28,7 +28,7 @@ pub(super) struct Task<'a> {
     pub(super) sums: Option<&'a mut (f64, f64)>,
 }
 
-impl<'a> Task<'a> {
+impl Task<'_> {
     /// The first `at` elements, a number of whole blocks, and the others.
     pub(super) fn split(self, at: usize) -> (Self, Self) {
         let (p, p_after) = self.p.split_at(at);
@@ -145,7 +145,9 @@ fn blocks<L: Law, W: Ways>(rule: Rule, mut task: Task<'_>, common: &Common) {
         for ((state, &signed), values) in task.states.iter().zip(rule.signed()).zip(&mut states) {
             match state {
                 State::Full(old) => values[..to - from].copy_from_slice(&old[from..to]),
-                State::Eight { codes, absmax } => W::decode(&codes[from..to], signed, absmax[from / BLOCK], values),
+                State::Eight { codes, absmax } => {
+                    W::decode(&codes[from..to], signed, scale_read(absmax[from / BLOCK]), values);
+                }
             }
         }
         let scaling = (common.scale, common.skip_zeros);
@@ -197,6 +199,7 @@ pub(super) fn update<L: Law>(
         let old: Three = [a[i], b[i], c[i]];
         let g = g[i] * scale;
         let (new, update) = L::update(old, k.l2.mul_add(w[i], g), &k);
+        #[expect(clippy::needless_bitwise_bool, reason = "a branch would keep this from becoming vectors")]
         let counts = is_sound::<L>(new) & (g != skip);
         sound[i] = if counts { u32::MAX } else { 0 };
         updates[i] = update;
@@ -249,8 +252,8 @@ fn write<W: Ways>(task: &mut Task<'_>, from: usize, to: usize, w: &Block, deltas
         Extra::None => {
             if let Some(key) = task.key {
                 let dtype = p.dtype();
-                for i in 0..to - from {
-                    values[i] = by_chance(dtype, values[i], noise(key, (task.first + from + i) as u64));
+                for (i, value) in values[..to - from].iter_mut().enumerate() {
+                    *value = by_chance(dtype, *value, noise(key, (task.first + from + i) as u64));
                 }
             }
             W::store(&values, p);

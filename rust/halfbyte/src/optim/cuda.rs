@@ -148,17 +148,16 @@ impl Entry {
     /// Types, and which ways are to be taken: `Parameter::about` of cuda/include/optim.cuh.
     fn about(&self) -> u64 {
         let kind = |dtype: Option<Dtype>| dtype.map_or(0, dtype_index) as u64;
-        let at = |multiple: u64, pointers: &[Pointer]| pointers.iter().all(|p| p % multiple == 0);
-        let fetched = at(16, &[self.p.0, self.grad.0, self.master, self.compensation]) && at(16, &self.states);
+        let lie_at = |multiple: u64, pointers: &[Pointer]| pointers.iter().all(|p| p.is_multiple_of(multiple));
         // Eight elements are 16 bytes, or 32, but 8 of codes.
-        let aligned = fetched || self.eight && at(16, &[self.p.0, self.grad.0, self.master, self.compensation]) && at(8, &self.states);
+        let aligned = lie_at(16, &[self.p.0, self.grad.0, self.master, self.compensation])
+            && lie_at(if self.eight { 8 } else { 16 }, &self.states);
         kind(self.p.1)
             | kind(self.grad.1) << 2
             | u64::from(self.eight) << 4
             | u64::from(aligned) << 5
             | u64::from(self.master != 0) << 6
             | u64::from(self.compensation != 0) << 7
-            | u64::from(fetched) << 8
             | u64::from(self.index) << 32
     }
 
@@ -258,7 +257,7 @@ fn number(rule: Rule) -> u32 {
 fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, blocks: u64) -> Result<Launch> {
     const SLOT: u32 = 176;
     let states = rule.signed().len();
-    let most = if states > 2 { 512 } else { 768 };
+    let most = if states > 2 { 640 } else { 768 };
     let copies = if device(stream.device)?.capability >= 90 { 32 } else { 8 };
     let (signed, unsigned) = (4 * 2 * 1729, 4 * 3457);
     let maps = if states > 1 { signed + unsigned + 2 * 1024 * copies } else { signed + 1024 * copies };

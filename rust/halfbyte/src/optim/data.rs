@@ -68,7 +68,7 @@ impl<'a> Floats<'a> {
     }
 }
 
-impl<'a> FloatsMut<'a> {
+impl FloatsMut<'_> {
     /// Number of elements.
     pub fn len(&self) -> usize {
         each!(Self, self, a => a.len())

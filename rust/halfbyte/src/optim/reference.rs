@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::hyper::{noise, noise_key};
-use super::rules::{Law, Three, at_unit_rate, is_sound, trust, with_law};
+use super::rules::{Law, Three, at_unit_rate, is_sound, scale_read, trust, with_law};
 use super::{BLOCK, Common, Extra, FloatsMut, Parameter, Rule, State, check};
 use crate::codebook::dynamic_map;
 use crate::eight_bit::Rounding;
@@ -67,7 +67,7 @@ fn one<L: Law>(rule: Rule, parameter: &mut Parameter<'_>, common: &Common) {
 fn value(state: &State<'_>, signed: bool, i: usize) -> f32 {
     match state {
         State::Full(values) => values[i],
-        State::Eight { codes, absmax } => dynamic_map(signed)[usize::from(codes[i])] * absmax[i / BLOCK],
+        State::Eight { codes, absmax } => dynamic_map(signed)[usize::from(codes[i])] * scale_read(absmax[i / BLOCK]),
     }
 }
 

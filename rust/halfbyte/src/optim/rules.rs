@@ -165,3 +165,9 @@ pub(super) fn at_unit_rate(squares: f64, k: &Scalars) -> f32 {
     let lr = f64::from(k.lr);
     if lr == 0.0 { 0.0 } else { (squares / (lr * lr)) as f32 }
 }
+
+/// The scale of a block as it is read: one that no step of ours wrote counts as zero, and the block begins anew.
+#[inline(always)]
+pub(super) fn scale_read(absmax: f32) -> f32 {
+    if absmax.abs() < super::LIMIT { absmax } else { 0.0 }
+}

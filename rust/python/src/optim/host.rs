@@ -8,7 +8,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 
 use super::options::Options;
-use super::slot::{Gradient, Places, Slot};
+use super::slot::{Gradient, Places, Slot, count_steps};
 use crate::detached;
 use crate::dlpack::{Place, TensorRef};
 use crate::errors::raise;
@@ -62,11 +62,8 @@ pub(super) fn step(
     halfbyte::device::cpu::set_threads(threads);
     let elements = work.iter().map(|parameter| parameter.g.len()).sum();
     detached(py, elements, || optim::step(rule, &mut work, &common)).map_err(raise)?;
-    for (slot, gradient) in slots.iter().zip(gradients) {
-        if gradient.tensor.is_some() {
-            slot.count_step(py)?;
-        }
-    }
+    drop(work);
+    count_steps(py, slots, gradients)?;
     Ok(count)
 }
 

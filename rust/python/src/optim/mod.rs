@@ -154,6 +154,7 @@ impl Inner {
 /// Writes the length of all gradients of all plans together to `out`, fp32 × 1.
 #[pyfunction]
 #[pyo3(signature = (plans, out, grads=None))]
+#[expect(clippy::needless_pass_by_value, reason = "PyO3 makes lists of Python objects")]
 pub(crate) fn optim_grad_norm(
     py: Python<'_>,
     plans: Vec<PyRef<'_, OptimPlan>>,

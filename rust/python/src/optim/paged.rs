@@ -49,6 +49,7 @@ impl PagedBuffer {
         unsafe { prefetch(&stream, self.memory.address(), self.memory.len(), device == -1) }.map_err(raise)
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "the signature is PyO3's")]
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         if view.is_null() {
             return Err(PyBufferError::new_err("no view to fill"));

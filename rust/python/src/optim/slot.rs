@@ -58,7 +58,7 @@ pub(super) struct Places {
     pub(super) master: usize,
     pub(super) compensation: usize,
     pub(super) unorm: usize,
-    /// Bytes of states that the driver pages.
+    /// Bytes of states that the driver moves between host and device.
     pub(super) paged: usize,
 }
 
@@ -72,6 +72,8 @@ pub(super) struct Slot {
     seen: Vec<(usize, Py<PyAny>)>,
     /// Steps done, where the host counts.
     pub(super) steps: u64,
+    /// The number in the dict that `steps` was read from, or that was put there: while it is there, nothing is to be read.
+    counted: Option<Py<PyAny>>,
     /// The address of the count, where the device does.
     pub(super) step_at: usize,
 }
@@ -80,7 +82,7 @@ const STATES: [&str; 2] = ["state1", "state2"];
 
 impl Slot {
     pub(super) fn new(param: Py<PyAny>, state: Py<PyDict>) -> Self {
-        Self { param, state, places: Places::default(), seen: Vec::new(), steps: 0, step_at: 0 }
+        Self { param, state, places: Places::default(), seen: Vec::new(), steps: 0, counted: None, step_at: 0 }
     }
 
     /// Brings `places` up to date; whether they changed. `step` of the state is left to the caller.
@@ -163,7 +165,10 @@ impl Slot {
                 held.expect_dtype(Dtype::F32).map_err(raise)?;
             }
             crate::expect_len(&held, parts * n).map_err(raise)?;
-            places.paged += reach(&held, place)?;
+            reach(&held, place)?;
+            if is_paged(state, key)? {
+                places.paged += held.byte_len();
+            }
             let absmax = if eight { Some(need(absmax_key)?) } else { None };
             if let Some(absmax) = &absmax {
                 absmax.expect_dtype(Dtype::F32).map_err(raise)?;
@@ -180,7 +185,7 @@ impl Slot {
             if let Some(extra) = find(key)? {
                 extra.expect_dtype(dtype).map_err(raise)?;
                 crate::expect_len(&extra, n).map_err(raise)?;
-                places.paged += reach(&extra, place)?;
+                reach(&extra, place)?;
                 let to = if key == "master" { &mut places.master } else { &mut places.compensation };
                 *to = extra.address();
             }
@@ -206,31 +211,60 @@ impl Slot {
         let Some(step) = self.state.bind(py).get_item(intern!(py, "step"))? else {
             return Err(wrong("nothing".into()));
         };
+        if self.counted.as_ref().is_some_and(|counted| counted.is(&step)) {
+            return Ok(());
+        }
         let count = if step.is_instance_of::<PyInt>() {
             step.extract::<i64>()?
         } else {
             step.call_method0(intern!(py, "item"))?.extract::<f64>()? as i64
         };
         self.steps = u64::try_from(count).map_err(|_| wrong(count.to_string()))?;
+        self.counted = step.is_instance_of::<PyInt>().then(|| step.unbind());
         Ok(())
     }
 
-    /// Counts a step in the dict.
-    pub(super) fn count_step(&self, py: Python<'_>) -> PyResult<()> {
-        self.state.bind(py).set_item(intern!(py, "step"), self.steps + 1)
+    /// Puts a number of steps in the dict.
+    pub(super) fn count_step(&mut self, py: Python<'_>, steps: u64, number: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.state.bind(py).set_item(intern!(py, "step"), number)?;
+        self.steps = steps;
+        self.counted = Some(number.clone().unbind());
+        Ok(())
     }
 }
 
-/// An error unless the device of the parameter can use a tensor; the number of bytes that the driver pages to get there.
-fn reach(tensor: &TensorRef, place: Place) -> PyResult<usize> {
+/// Counts a step of every slot that has a gradient.
+pub(super) fn count_steps(py: Python<'_>, slots: &mut [Slot], gradients: &[Gradient<'_>]) -> PyResult<()> {
+    // Most have done as many, and share the number.
+    let mut last: Option<(u64, Bound<'_, PyAny>)> = None;
+    for (slot, gradient) in slots.iter_mut().zip(gradients) {
+        if gradient.tensor.is_none() {
+            continue;
+        }
+        let steps = slot.steps + 1;
+        let (_, number) = match last.take() {
+            Some(found) if found.0 == steps => last.insert(found),
+            _ => last.insert((steps, steps.into_pyobject(py)?.into_any())),
+        };
+        slot.count_step(py, steps, number)?;
+    }
+    Ok(())
+}
+
+/// Whether a state is in memory that the driver moves between host and device: whoever made it says so.
+fn is_paged(state: &Bound<'_, PyDict>, key: &str) -> PyResult<bool> {
+    let Some(object) = state.get_item(key)? else { return Ok(false) };
+    object.getattr_opt(intern!(state.py(), "is_paged"))?.map_or(Ok(false), |paged| paged.is_truthy())
+}
+
+/// An error unless the device of the parameter can use a tensor.
+fn reach(tensor: &TensorRef, place: Place) -> PyResult<()> {
     if tensor.place().map_err(raise)? == place || tensor.len() == 0 {
-        return Ok(0);
+        return Ok(());
     }
     #[cfg(feature = "cuda")]
     if let (Place::Cuda(device), Place::Cpu) = (place, tensor.place().map_err(raise)?) {
-        halfbyte::device::cuda::check_reachable(tensor.name, device, tensor.address() as u64).map_err(raise)?;
-        return Ok(tensor.byte_len());
+        return halfbyte::device::cuda::check_reachable(tensor.name, device, tensor.address() as u64).map_err(raise);
     }
-    tensor.expect_place(place).map_err(raise)?;
-    Ok(0)
+    tensor.expect_place(place).map_err(raise)
 }

@@ -228,12 +228,7 @@ impl Kernel {
     /// # Safety
     /// As [`Kernel::launch`], and the arguments must be there to read until this returns.
     #[inline]
-    pub unsafe fn launch_pointers(
-        &self,
-        stream: &Stream,
-        launch: Launch,
-        pointers: &mut [*mut c_void],
-    ) -> Result<()> {
+    pub unsafe fn launch_pointers(&self, stream: &Stream, launch: Launch, pointers: &mut [*mut c_void]) -> Result<()> {
         let device = device(stream.device)?;
         let _entered = device.enter()?;
         let handle = self.handle(device)?;

@@ -1,7 +1,9 @@
 //! From nine rows on compute capability 9.0: the kernel of cuda/src/four_bit_wgmma.cu.
 
 use crate::codebook::Kind;
-use crate::device::cuda::{Around, Arguments, Device, Kernel, Launch, MapElement, Pointer, Stream, dtype_index, matrix};
+use crate::device::cuda::{
+    Arguments, Around, Device, Kernel, Launch, MapElement, Pointer, Stream, dtype_index, matrix,
+};
 use crate::element::Dtype;
 use crate::error::Result;
 

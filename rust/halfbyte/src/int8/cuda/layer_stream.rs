@@ -1,13 +1,14 @@
-//! Whole layers of up to 8 rows on compute capability 9.0 and later: the kernel of cuda/src/int8_stream.cu.
+//! Whole layers of a few rows on compute capability 9.0 and later: the kernel of cuda/src/int8_stream.cu.
 
 use super::elementwise::threshold_word;
-use super::product_wgmma::AHEAD;
+use super::product_wgmma::FEW_WEIGHTS;
 use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, byte_matrix, dtype_index};
 use crate::element::Dtype;
 use crate::error::Result;
 
-/// Most rows of activations.
-const MOST_ROWS: usize = 8;
+/// Most rows of activations. The kernel takes 8, but to quantize more than 4 in every block takes longer than a launch of
+/// its own does.
+const MOST_ROWS: usize = 4;
 
 static STREAM: [Kernel; 3] = [
     Kernel::new("int8_stream_bf16", "linear_int8"),
@@ -71,8 +72,7 @@ pub(super) unsafe fn launch(
     let w_map = byte_matrix(layer.w, n, k, TILE as u32)?;
     let arguments = Arguments::default().block(&w_map).u64(layer.x).u64(layer.w).u64(layer.column_stats);
     let arguments = arguments.u64(layer.bias.unwrap_or(0)).u64(layer.out).u32(m as u32).u32(n as u32).u32(k as u32);
-    let arguments = arguments.u32(threshold_word(layer.threshold, layer.dtype)).u32(plan.tiles).u32(plan.stages);
-    let mut arguments = arguments.u32(AHEAD / STAGE);
+    let mut arguments = arguments.u32(threshold_word(layer.threshold, layer.dtype)).u32(plan.tiles).u32(plan.stages);
     // SAFETY: the arguments are those of `linear_int8` in cuda/src/int8_stream.cu; the caller vouches for the pointers.
     unsafe { STREAM[dtype_index(layer.dtype)].launch(stream, plan.launch, &mut arguments) }
 }
@@ -95,8 +95,10 @@ impl Plan {
             let bitmap = k.div_ceil(32) * 4;
             let outliers = if marks { OUTLIERS * rows } else { 0 };
             let beside = m * (steps * STEP + 16) + m * rows * 4 + bitmap + outliers;
-            // Two blocks on a multiprocessor.
-            let room = (shared / 2).checked_sub(STATIC + u32::try_from(beside).ok()?)?;
+            // Two blocks on a multiprocessor, if each has few weights.
+            let small = rows * k.div_ceil(ranks) <= FEW_WEIGHTS;
+            let room = if small { shared / 2 } else { shared };
+            let room = room.checked_sub(STATIC + u32::try_from(beside).ok()?)?;
             let stages = (room / STAGE).min(MOST_STAGES);
             let launch = Launch {
                 grid: ((all.div_ceil(tiles) * ranks) as u32, 1),
@@ -108,7 +110,7 @@ impl Plan {
             (stages >= FEWEST_STAGES).then_some(Self { launch, tiles: tiles as u32, stages })
         };
         // Two blocks share the K of tiles that are few, or of codes that would take the room of the ring.
-        let few = all * 2 <= multiprocessors as usize || m * k > 32 * 1024;
+        let few = all * 2 <= multiprocessors as usize || m * k > 64 * 1024;
         if few && k >= 2 * STEP { with(2).or_else(|| with(1)) } else { with(1) }
     }
 }
@@ -133,11 +135,11 @@ mod tests {
                 for k in [16, 128, 1040, 4096, 14336, 28672, 1 << 17] {
                     for marks in [false, true] {
                         let Some(plan) = Plan::new((m, n, k), marks, 132, 227 * 1024) else {
-                            assert!(m * k > 32 * 1024, "{m} {n} {k}");
+                            assert!(m * k > 64 * 1024, "{m} {n} {k}");
                             continue;
                         };
                         let Launch { grid, shared, cluster, .. } = plan.launch;
-                        assert!(shared + STATIC - 1024 <= 227 * 512, "{m} {n} {k}: {plan:?}");
+                        assert!(shared + STATIC - 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
                         assert!((grid.0 / cluster * plan.tiles) as usize * TILE >= n, "{m} {n} {k}: {plan:?}");
                         assert!(cluster == 1 || k.div_ceil(128) >= 2);
                     }

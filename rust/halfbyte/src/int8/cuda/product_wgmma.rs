@@ -5,56 +5,64 @@ use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, by
 use crate::element::Dtype;
 use crate::error::Result;
 
-/// Tokens of a tile, by place in the tables.
-const TOKENS: [u32; 5] = [16, 32, 64, 128, 256];
+/// Kernels of an output type, with the tokens of their tiles, rising.
+type Sizes = [(u32, Kernel)];
 
-const fn five(families: [&'static str; 5]) -> [Kernel; 5] {
-    [
-        Kernel::new(families[0], "matmul_int8"),
-        Kernel::new(families[1], "matmul_int8"),
-        Kernel::new(families[2], "matmul_int8"),
-        Kernel::new(families[3], "matmul_int8"),
-        Kernel::new(families[4], "matmul_int8"),
-    ]
+const fn sized(tokens: u32, family: &'static str) -> (u32, Kernel) {
+    (tokens, Kernel::new(family, "matmul_int8"))
 }
 
-/// By output type, then tokens of a tile.
-static WGMMA: [[Kernel; 5]; 4] = [
-    five([
-        "int8_wgmma_bf16_16",
-        "int8_wgmma_bf16_32",
-        "int8_wgmma_bf16_64",
-        "int8_wgmma_bf16_128",
-        "int8_wgmma_bf16_256",
-    ]),
-    five(["int8_wgmma_f16_16", "int8_wgmma_f16_32", "int8_wgmma_f16_64", "int8_wgmma_f16_128", "int8_wgmma_f16_256"]),
-    five(["int8_wgmma_f32_16", "int8_wgmma_f32_32", "int8_wgmma_f32_64", "int8_wgmma_f32_128", "int8_wgmma_f32_128"]),
-    five(["int8_wgmma_i32_16", "int8_wgmma_i32_32", "int8_wgmma_i32_64", "int8_wgmma_i32_128", "int8_wgmma_i32_256"]),
+static BF16: [(u32, Kernel); 5] = [
+    sized(16, "int8_wgmma_bf16_16"),
+    sized(32, "int8_wgmma_bf16_32"),
+    sized(64, "int8_wgmma_bf16_64"),
+    sized(128, "int8_wgmma_bf16_128"),
+    sized(256, "int8_wgmma_bf16_256"),
 ];
+static F16: [(u32, Kernel); 5] = [
+    sized(16, "int8_wgmma_f16_16"),
+    sized(32, "int8_wgmma_f16_32"),
+    sized(64, "int8_wgmma_f16_64"),
+    sized(128, "int8_wgmma_f16_128"),
+    sized(256, "int8_wgmma_f16_256"),
+];
+static F32: [(u32, Kernel); 2] = [sized(32, "int8_wgmma_f32_32"), sized(128, "int8_wgmma_f32_128")];
+static SUMS: [(u32, Kernel); 3] =
+    [sized(32, "int8_wgmma_i32_32"), sized(128, "int8_wgmma_i32_128"), sized(256, "int8_wgmma_i32_256")];
+
+fn sizes(target: Target) -> &'static Sizes {
+    match target {
+        Target::Float(Dtype::Bf16) => &BF16,
+        Target::Float(Dtype::F16) => &F16,
+        Target::Float(Dtype::F32) => &F32,
+        Target::Sums => &SUMS,
+    }
+}
 
 /// Shared memory of a block: what there is, less static variables and what it takes to begin at a multiple of 1024.
 const SHARED: u32 = 227 * 1024 - 2048;
 const MOST_STAGES: u32 = 16;
 /// Bytes of K in a stage.
 const STEP: usize = 128;
-/// Bytes of weights that a block fetches before the launch ahead of it has ended.
-pub(super) const AHEAD: u32 = 160 << 10;
 /// Most weights of a tile.
 const MOST_ROWS: u32 = 128;
+/// A block of this many weights does without half of the shared memory.
+pub(super) const FEW_WEIGHTS: usize = 256 << 10;
 
 /// Whether the device is one that the kernel is compiled for.
 pub(super) fn runs_on(gpu: &Device) -> bool {
     gpu.capability == 90 && gpu.shared_memory >= 227 * 1024
 }
 
-/// Whether the kernel takes this product: rows that tensor maps can describe, and outliers of the output's type.
+/// Whether the kernel takes this product: rows that tensor maps can describe, and outliers, if any, of the output's type, of
+/// 16 bits (fp32's would lose precision).
 pub(super) fn fits(gpu: &Device, product: &Product, (_, _, k): (usize, usize, usize), target: Target) -> bool {
     runs_on(gpu)
         && k > 0
         && k.is_multiple_of(16)
         && product.q.is_multiple_of(16)
         && product.w.is_multiple_of(16)
-        && product.floats.is_none_or(|floats| Target::Float(floats.dtype) == target)
+        && product.floats.is_none_or(|floats| floats.dtype != Dtype::F32 && Target::Float(floats.dtype) == target)
 }
 
 /// Launches the product.
@@ -70,55 +78,50 @@ pub(super) unsafe fn launch(
     target: Target,
 ) -> Result<()> {
     let (m, n, k) = shape;
-    let plan = Plan::new(shape, most_tokens(target), gpu.multiprocessors);
-    let tokens = TOKENS[plan.kernel];
+    let sizes = sizes(target);
+    let plan = Plan::new(shape, sizes, gpu.multiprocessors);
+    let (tokens, kernel) = &sizes[plan.kernel];
     let w_map = byte_matrix(product.w, n, k, plan.rows)?;
-    let q_map = byte_matrix(product.q, m, k, tokens)?;
+    let q_map = byte_matrix(product.q, m, k, *tokens)?;
     let (x, outliers) = product.floats.map_or((0, 0), |floats| (floats.x, floats.outliers));
     let arguments = Arguments::default().block(&w_map).block(&q_map).u64(product.row_stats).u64(product.column_stats);
     let arguments =
         arguments.u64(product.bias.unwrap_or(0)).u64(out).u64(x).u64(product.q).u64(product.w).u64(outliers);
     let arguments = arguments.u32(m as u32).u32(n as u32).u32(k as u32);
-    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group).u32(plan.ahead);
+    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group);
     // SAFETY: the arguments are those of `matmul_int8` in cuda/src/int8_wgmma.cu; the caller vouches for the pointers.
-    unsafe { WGMMA[target.index()][plan.kernel].launch(stream, plan.launch, &mut arguments) }
+    unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
 }
 
-/// The last place in [`TOKENS`] for a target: fp32 has no registers left for 256.
-const fn most_tokens(target: Target) -> usize {
-    match target {
-        Target::Float(Dtype::F32) => 3,
-        _ => 4,
-    }
-}
-
-/// How a product is cut up: a function of its shape, of the largest tile there is, and of the number of multiprocessors.
+/// How a product is cut up: a function of its shape, of the tiles that there are, and of the number of multiprocessors.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Plan {
     pub(super) launch: Launch,
-    /// Place in [`TOKENS`].
+    /// Place among the sizes.
     pub(super) kernel: usize,
     /// Weights of a tile.
     pub(super) rows: u32,
     stages: u32,
     /// Tiles of tokens that are gone through for each tile of weights.
     group: u32,
-    /// Boxes of weights that are fetched into the L2 before the launch ahead has ended.
-    ahead: u32,
 }
 
 impl Plan {
     /// The plan that is expected to take the fewest cycles.
-    pub(super) fn new((m, n, k): (usize, usize, usize), most: usize, multiprocessors: u32) -> Self {
-        let smallest = TOKENS[..most].iter().position(|&tokens| m <= tokens as usize).unwrap_or(most);
+    fn new((m, n, k): (usize, usize, usize), sizes: &Sizes, multiprocessors: u32) -> Self {
+        let smallest = sizes.iter().position(|&(tokens, _)| m <= tokens as usize).unwrap_or(sizes.len() - 1);
+        // Boxes of less than a warpgroup's weights are slow to fetch: 64 blocks of 64 beat 128 blocks of 32.
+        let fewest = (n as u32 / 32).next_multiple_of(8).clamp(8, 64);
         let mut best: Option<(u64, Self)> = None;
         for kernel in [smallest.saturating_sub(1), smallest] {
-            let down = m.div_ceil(TOKENS[kernel] as usize);
+            let tokens = sizes[kernel].0;
+            let down = m.div_ceil(tokens as usize);
             for waves in 1..=2 {
                 // Tiles of weights such that all of them together fill these waves.
                 let across = ((multiprocessors * waves) as usize / down).max(1);
-                let rows = n.div_ceil(across).next_multiple_of(8).min(MOST_ROWS as usize) as u32;
-                let (cycles, plan) = Self::with((m, n, k), kernel, rows, multiprocessors);
+                let rows = n.div_ceil(across).next_multiple_of(8) as u32;
+                let rows = rows.clamp(fewest, MOST_ROWS);
+                let (cycles, plan) = Self::with((m, n, k), (kernel, tokens), rows, multiprocessors);
                 if best.is_none_or(|(least, _)| cycles < least) {
                     best = Some((cycles, plan));
                 }
@@ -128,10 +131,14 @@ impl Plan {
     }
 
     /// A plan, and the cycles that it should take.
-    fn with((m, n, k): (usize, usize, usize), kernel: usize, rows: u32, multiprocessors: u32) -> (u64, Self) {
+    fn with(
+        (m, n, k): (usize, usize, usize),
+        (kernel, tokens): (usize, u32),
+        rows: u32,
+        multiprocessors: u32,
+    ) -> (u64, Self) {
         /// Bytes that a multiprocessor gets from the L2 in a cycle, as measured on an H200.
         const L2: u64 = 44;
-        let tokens = TOKENS[kernel];
         let groups = if rows > 64 { 2 } else { 1 };
         let tiles = n.div_ceil(rows as usize) * m.div_ceil(tokens as usize);
         let waves = tiles.div_ceil(multiprocessors as usize) as u64;
@@ -141,8 +148,10 @@ impl Plan {
         let finish = 800 + u64::from(tokens) * 6;
         let behind = 128 * 32 + tokens * 32 + 2 * tokens.min(64) * 128 + 2 * tokens * 4 + 512 * 4;
         let stage = (rows + tokens) * STEP as u32;
-        // Few tokens leave room for two blocks on a multiprocessor: the next launch's are there before this one ends.
-        let room = if tokens <= 32 { SHARED / 2 - 1024 } else { SHARED };
+        // Few tokens and weights leave room for two blocks on a multiprocessor: the next launch's are there before this
+        // one ends.
+        let small = tokens <= 32 && rows as usize * k <= FEW_WEIGHTS;
+        let room = if small { SHARED / 2 - 1024 } else { SHARED };
         let stages = ((room - behind) / stage).min(MOST_STAGES);
         let launch = Launch {
             grid: (tiles.min(multiprocessors as usize) as u32, 1),
@@ -151,19 +160,18 @@ impl Plan {
             cluster: 1,
             programmatic: true,
         };
-        let ahead = AHEAD / (rows * STEP as u32);
-        let plan = Self { launch, kernel, rows, stages, group: (2048 / tokens).max(1), ahead };
+        let plan = Self { launch, kernel, rows, stages, group: (2048 / tokens).max(1) };
         (waves * (steps * multiply.max(copy) + finish), plan)
     }
 }
 
 /// Loads the images for an activation type.
 pub(super) fn preload(gpu: &Device, dtype: Dtype) -> Result<()> {
-    WGMMA[Target::Float(dtype).index()].iter().try_for_each(|kernel| kernel.load(gpu.ordinal))
+    sizes(Target::Float(dtype)).iter().try_for_each(|(_, kernel)| kernel.load(gpu.ordinal))
 }
 
 pub(super) fn kernels() -> impl Iterator<Item = &'static Kernel> {
-    WGMMA.iter().flatten()
+    BF16.iter().chain(&F16).chain(&F32).chain(&SUMS).map(|(_, kernel)| kernel)
 }
 
 #[cfg(test)]
@@ -175,13 +183,16 @@ mod tests {
         for m in [1, 2, 15, 16, 17, 33, 100, 128, 129, 512, 2048, 8192, 1 << 20] {
             for n in [1, 7, 8, 64, 100, 1024, 4096, 14336, 28672, 1 << 20] {
                 for k in [16, 128, 144, 4096, 14336, 1 << 17] {
-                    for most in [3, 4] {
-                        let plan = Plan::new((m, n, k), most, 132);
+                    for sizes in [&BF16[..], &F32, &SUMS] {
+                        let plan = Plan::new((m, n, k), sizes, 132);
                         let Launch { grid, threads, shared, .. } = plan.launch;
-                        assert!(plan.rows % 8 == 0 && (8..=MOST_ROWS).contains(&plan.rows), "{m} {n} {k}: {plan:?}");
+                        assert!(
+                            plan.rows.is_multiple_of(8) && (8..=MOST_ROWS).contains(&plan.rows),
+                            "{m} {n} {k}: {plan:?}"
+                        );
                         assert!(plan.stages >= 3 && shared + 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
                         assert!(threads == if plan.rows > 64 { 384 } else { 256 });
-                        assert!(grid.0 <= 132 && grid.0 > 0 && plan.kernel <= most, "{m} {n} {k}: {plan:?}");
+                        assert!(grid.0 <= 132 && grid.0 > 0 && plan.kernel < sizes.len(), "{m} {n} {k}: {plan:?}");
                     }
                 }
             }
