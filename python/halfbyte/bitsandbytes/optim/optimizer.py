@@ -2,4 +2,6 @@
 
 from halfbyte.optim import GlobalOptimManager, MockArgs, Optimizer1State, Optimizer2State, Optimizer8bit
 
-__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+from ..utils import sync_gpu
+
+__all__ = ["GlobalOptimManager", "MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "sync_gpu"]
