@@ -90,17 +90,6 @@ template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const
     }
 }
 
-// The first stages into the L2; more than the ring holds would be in the way of what is read before it.
-DEVICE void prefetch_weights(const Share& share, const Weight& weight, u32 lane) {
-    u32 left = share.stages;
-    const u64 row_bytes = u64(share.blocks) * 32;
-    for (Walk at(share); at.valid() && left > 0; at.next(), --left) {
-        const u8* from = weight.packed + (at.row0() + lane) * row_bytes + at.block() * 32;
-        if (lane < share.rows(at.row0()))
-            for (u32 i = 0; i < at.width() * 32; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
-    }
-}
-
 template <u32 END> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {

@@ -21,8 +21,7 @@
 // much as weights (few tiles a block, long K), two blocks of a cluster split K between them and add their sums over distributed
 // shared memory, in fixed order again: results are equal from run to run.
 //
-// Programmatic dependent launch: the table is made and the first stages are fetched into the L2 (where a late write to them would
-// still be seen) before the kernel waits for the one ahead of it.
+// Programmatic dependent launch: the table is made before the kernel waits for the one ahead of it.
 //
 // Shared memory, by address: static; sums of a round; the pair table at 32 K; activations; the ring.
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a block and group + 2·M·N.
@@ -139,7 +138,6 @@ KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
         if (warp == share.warps) {
             if (lane < stages) barrier_init(share.full + lane * 8, 2 * WARP + 1), barrier_init(share.empty + lane * 8, share.warps);
             barrier_init_fence();
-            prefetch_weights(share, weight, lane);
         }
         wait_for_predecessors();
         named_barrier(2, 2 * WARP);

@@ -22,8 +22,7 @@
 // rows need, they share the units along K and their sums are added at the end, by way of shared memory; so are those of a cluster's
 // blocks. All in fixed order: results are equal from run to run.
 //
-// Programmatic dependent launch: the table is made and the first weights are fetched into the L2 before the kernel waits for the one
-// ahead of it.
+// Programmatic dependent launch: the table is made before the kernel waits for the one ahead of it.
 //
 // Shared memory, by address: barriers, map; ring at 16 K; table at 64 K; ring at 128 K.
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a row of blocks + 2·M·N.
@@ -193,7 +192,6 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
         if (lane < S::X_STAGES) barrier_init(x_full + lane * 8, 1), barrier_init(x_empty + lane * 8, S::COMPUTING * 4);
         barrier_init_fence();
         if (lane == 0) prefetch_map(weights_map), prefetch_map(x_map);
-        if (lane < S::STAGES && first + lane < last) prefetch_box(weights_map, (first + lane) * (STAGE_K / 2), row0);
     }
     // The table: four lanes' copies of a pair at a time.
     for (u32 i = threadIdx.x; i < 256 * 8; i += S::THREADS) {
