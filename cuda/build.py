@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -215,9 +217,24 @@ def assemble(tool: str, ptx: str, sm: str) -> dict[str, tuple[int, int]]:
     return {name: (int(used), int(spill)) for name, spill, used in re.findall(pattern, result.stderr, flags=re.DOTALL)}
 
 
+def make(nvrtc: Nvrtc, family: Family, capability: str) -> tuple[str, dict[str, tuple[int, int]]]:
+    """One image: its PTX, and the most registers and spills of its kernels over the GPUs that it serves."""
+    ptx = nvrtc.compile(family, capability)
+    most: dict[str, tuple[int, int]] = {}
+    for sm in SERVES[capability]:
+        if int(sm.rstrip("a")) <= 90:
+            assemble("ptxas-12.0", ptx, sm)
+        for kernel, (used, spill) in assemble("ptxas-13.0", ptx, sm).items():
+            before = most.get(kernel, (0, 0))
+            most[kernel] = (max(used, before[0]), max(spill, before[1]))
+    return ptx, most
+
+
 def build() -> tuple[dict[str, str], dict[str, dict[str, tuple[int, int]]]]:
     """All generated files by name, and for each image the most registers and spills of its kernels over its GPUs."""
     nvrtc = Nvrtc()
+    for tool in PTXAS:
+        install(tool)
     files: dict[str, str] = {}
     resources: dict[str, dict[str, tuple[int, int]]] = {}
     manifest = [
@@ -225,38 +242,33 @@ def build() -> tuple[dict[str, str], dict[str, dict[str, tuple[int, int]]]]:
     ]
     manifest += [f'compiler = "{WHEELS["nvrtc"][0]}"', 'flags = "--std=c++17 -default-device"']
     images = []
-    for family in FAMILIES:
-        for capability in family.capabilities:
-            name = f"{family.name}.compute_{capability}.ptx"
-            number, specific = int(capability.rstrip("a")), capability.endswith("a")
-            ptx = nvrtc.compile(family, capability)
-            files[name] = ptx
-            most: dict[str, tuple[int, int]] = {}
-            for sm in SERVES[capability]:
-                if int(sm.rstrip("a")) <= 90:
-                    assemble("ptxas-12.0", ptx, sm)
-                for kernel, (used, spill) in assemble("ptxas-13.0", ptx, sm).items():
-                    before = most.get(kernel, (0, 0))
-                    most[kernel] = (max(used, before[0]), max(spill, before[1]))
-            resources[name] = most
-            manifest += ["", "[[image]]", f'file = "{name}"', f'family = "{family.name}"', f"capability = {number}"]
-            manifest += [f"specific = {'true' if specific else 'false'}"]
-            manifest += [f'ptx_version = "{family.ptx_version}"', f"oldest_driver = {DRIVERS[family.ptx_version]}"]
-            manifest += [f'sha256 = "{digest(ptx.encode())}"', "[image.sources]"]
-            for path in sorted(sources(Path("cuda/src") / family.source, set())):
-                manifest.append(f'"{path}" = "{digest((ROOT / path).read_bytes())}"')
-            manifest.append("[image.kernels]")
-            for kernel, parameters in sorted(entries(ptx).items()):
-                manifest.append(f"{kernel} = [{parameters}, {most[kernel][0]}, {most[kernel][1]}]")
-            images.append(
-                "    Image {\n"
-                f'        family: "{family.name}",\n'
-                f"        capability: {number},\n"
-                f"        specific: {'true' if specific else 'false'},\n"
-                f'        ptx_version: "{family.ptx_version}",\n'
-                f'        ptx: concat!(include_str!("{name}"), "\\0"),\n'
-                "    },\n"
-            )
+    jobs = [(family, capability) for family in FAMILIES for capability in family.capabilities]
+    # The compiler works outside of Python's lock, the assemblers in processes of their own.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(lambda job: make(nvrtc, *job), jobs))
+    for (family, capability), (ptx, most) in zip(jobs, made, strict=True):
+        name = f"{family.name}.compute_{capability}.ptx"
+        number, specific = int(capability.rstrip("a")), capability.endswith("a")
+        files[name] = ptx
+        resources[name] = most
+        manifest += ["", "[[image]]", f'file = "{name}"', f'family = "{family.name}"', f"capability = {number}"]
+        manifest += [f"specific = {'true' if specific else 'false'}"]
+        manifest += [f'ptx_version = "{family.ptx_version}"', f"oldest_driver = {DRIVERS[family.ptx_version]}"]
+        manifest += [f'sha256 = "{digest(ptx.encode())}"', "[image.sources]"]
+        for path in sorted(sources(Path("cuda/src") / family.source, set())):
+            manifest.append(f'"{path}" = "{digest((ROOT / path).read_bytes())}"')
+        manifest.append("[image.kernels]")
+        for kernel, parameters in sorted(entries(ptx).items()):
+            manifest.append(f"{kernel} = [{parameters}, {most[kernel][0]}, {most[kernel][1]}]")
+        images.append(
+            "    Image {\n"
+            f'        family: "{family.name}",\n'
+            f"        capability: {number},\n"
+            f"        specific: {'true' if specific else 'false'},\n"
+            f'        ptx_version: "{family.ptx_version}",\n'
+            f'        ptx: concat!(include_str!("{name}"), "\\0"),\n'
+            "    },\n"
+        )
     files["manifest.toml"] = "\n".join(manifest) + "\n"
     files["images.rs"] = (
         "// Written by cuda/build.py: every image under cuda/ptx.\n\n"
