@@ -1,4 +1,4 @@
-"""Products of many rows on a GPU: every number of tokens a block takes, K split in a cluster, ragged edges, hostile blocks."""
+"""Products of many rows on a GPU: every number of tokens a block takes, K split in a cluster, ragged edges."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 def test_every_kernel(n, k, kind, block, nested, dtype):
     torch.manual_seed(0)
     packed, state = quantize_4bit(weight(n, k, dtype), quant_type=kind, blocksize=block, compress_statistics=nested)
-    # What the kernel multiplies with is at least as near to this as the weights rounded to 16 bits, which bitsandbytes uses.
+    # The kernel's weights are at least as near to this as those rounded to 16 bits, which bitsandbytes multiplies with.
     state.dtype = torch.float32
     exact = dequantize_4bit(packed, state)
     state.dtype = dtype

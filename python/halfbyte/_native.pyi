@@ -154,6 +154,7 @@ def eager_linear_int8(layer: Any, x: Any, forward: Any | None = None) -> Any | N
 
     With the class's `forward`, it is the call of the layer that is asked for, and hooks make it another case.
     """
+
 def take_c_error() -> None:
     """Raise the error of this thread's last call of a C symbol, if nobody has taken it."""
 
