@@ -401,9 +401,11 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                                   u64 values1, u64 values2, u64 values3, const __grid_constant__ Problem problem) {             \
         product<ROW_GROUPS, K_GROUPS, TILES>(weights, x, Values{{values0, values1, values2, values3}}, problem);                \
     }
-#if TOKENS <= 32
+#if TOKENS == 16
 ENTRY(128, 2, 2, 1)
 ENTRY(256, 4, 1, 1)
+#elif TOKENS == 32
+ENTRY(128, 2, 2, 1)
 #elif TOKENS == 64
 ENTRY(128, 2, 1, 1)
 ENTRY(256, 2, 1, 2)

@@ -13,21 +13,25 @@ use super::matmul_small::mma_values;
 /// Rows of x that a row of blocks takes, one kernel each.
 const TOKENS: [u32; 4] = [16, 32, 64, 128];
 
-/// By dtype and tokens; the second, with more rows a block, is not there for 128 tokens.
+/// By dtype and tokens; the second, with more rows a block, is not there where its registers would spill.
 pub(super) static WGMMA: [[[Option<Kernel>; 2]; 4]; 2] = [
     [
         entries("four_bit_wgmma_bf16_m16"),
-        entries("four_bit_wgmma_bf16_m32"),
+        one("four_bit_wgmma_bf16_m32"),
         entries("four_bit_wgmma_bf16_m64"),
-        [Some(Kernel::new("four_bit_wgmma_bf16_m128", "matmul_4bit_wgmma_r128")), None],
+        one("four_bit_wgmma_bf16_m128"),
     ],
     [
         entries("four_bit_wgmma_f16_m16"),
-        entries("four_bit_wgmma_f16_m32"),
+        one("four_bit_wgmma_f16_m32"),
         entries("four_bit_wgmma_f16_m64"),
-        [Some(Kernel::new("four_bit_wgmma_f16_m128", "matmul_4bit_wgmma_r128")), None],
+        one("four_bit_wgmma_f16_m128"),
     ],
 ];
+
+const fn one(family: &'static str) -> [Option<Kernel>; 2] {
+    [Some(Kernel::new(family, "matmul_4bit_wgmma_r128")), None]
+}
 
 const fn entries(family: &'static str) -> [Option<Kernel>; 2] {
     [Some(Kernel::new(family, "matmul_4bit_wgmma_r128")), Some(Kernel::new(family, "matmul_4bit_wgmma_r256"))]
