@@ -229,7 +229,8 @@ def test_bitsandbytes_is_measured_where_it_is_installed():
         "--peers", "bitsandbytes,halfbyte", PYTHONPATH=path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    # What bitsandbytes says on processors with AVX-512 for bf16 is its own.
+    assert [line for line in done.stderr.splitlines() if "kernels-community" not in line] == []
     assert "bitsandbytes 0.50.2" in done.stdout
     assert done.stdout.count("| bitsandbytes nf4 |") == 3
     assert "–" not in done.stdout.split("floor", 1)[1]

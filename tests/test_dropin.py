@@ -189,7 +189,7 @@ def test_names_that_are_not_served_say_so_when_used_and_not_before():
     result = run("""
         import halfbyte, bitsandbytes as bnb, torch
         messages = []
-        for use in (lambda: bnb.optim, lambda: bnb.research):
+        for use in (lambda: bnb.functional.igemm, lambda: bnb.research):
             try:
                 use()
             except (halfbyte.errors.HalfbyteError, AttributeError) as error:

@@ -123,7 +123,8 @@ def speed(model: Any, ids: torch.Tensor, steps: int = 24, repeats: int = 2) -> S
         middle = _now(model)
         for _ in range(count):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            cache = "cache" if "cache" in output else "past_key_values"  # the name until transformers 5.23
+            output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
         end = _now(model)
         prefill.append(ids.numel() / (middle - start))
         decode.append(count / (end - middle))

@@ -290,7 +290,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
         return loss
 
     # There is nothing to trace in it; a closure, which may be compiled, has run before.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined] # brings the compiler in when a step runs, not at import
     def _update(self) -> None:
         if not self.initialized:
             self.check_overrides()
