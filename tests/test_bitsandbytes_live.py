@@ -381,7 +381,8 @@ def test_int8_checkpoints_load_there_and_theirs_here(oracle):
             ({"op": "linear8bit", "threshold": 6.0, "training": False}, {"input": weight, "bias": bias, "x": x}),
         ]
     )
-    torch.testing.assert_close(there["output"], ours, rtol=2e-3, atol=1e-2)
+    # Their outlier part is rounded to fp16 before it is added: terms of up to 30, to a 64th.
+    torch.testing.assert_close(there["output"], ours, rtol=2e-3, atol=2e-2)
     layer.load_state_dict({k.removeprefix("state."): v for k, v in made.items() if k.startswith("state.")})
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), made["output"], rtol=2e-3, atol=1e-2)
+        torch.testing.assert_close(layer(x), made["output"], rtol=2e-3, atol=2e-2)

@@ -180,9 +180,12 @@ def test_what_lists_a_folder_or_another_name_is_told_nothing():
             version("bitsandbytes-foundation")
         except PackageNotFoundError:
             unknown = True
-        result = ["bitsandbytes" in names, everywhere, unknown, len(entry_points(group="bitsandbytes.backends"))]
+        backends = [point.value for point in entry_points(group="bitsandbytes.backends")]
+        result = ["bitsandbytes" in names, everywhere, unknown, backends]
     """)
-    assert result == [False, 1, True, 0]
+    # Where halfbyte is installed, and not on the path alone, it has an entry point of its own.
+    assert result[:3] == [False, 1, True]
+    assert result[3] in ([], ["halfbyte_backend:register"])
 
 
 def test_names_that_are_not_served_say_so_when_used_and_not_before():

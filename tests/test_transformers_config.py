@@ -1,6 +1,7 @@
 """``HalfbyteConfig``: halfbyte in transformers under its own name, whatever ``import bitsandbytes`` finds."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -202,7 +203,10 @@ def test_generating_with_a_static_cache_compiles_the_forward_pass(ids):
     assert counter.frame_count > 0
 
 
-def test_a_weight_that_is_not_of_the_layer_is_refused(tmp_path, caplog):
+def test_a_weight_that_is_not_of_the_layer_is_refused(tmp_path, caplog, monkeypatch):
+    # Other tests, and accelerate, leave transformers' logger as they like it.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "disabled", False)
     from safetensors.torch import load_file, save_file
 
     model = load(config=halfbyte.HalfbyteConfig())

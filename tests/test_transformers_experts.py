@@ -1,6 +1,7 @@
 """Stacked experts in transformers: 4 bits while loading, old and new files, adapters."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -240,7 +241,10 @@ def test_files_from_before_transformers_5(tmp_path, double):
     assert_same(entries(tmp_path / "old"), entries(tmp_path / "again"))
 
 
-def test_an_expert_without_scales_is_refused(tmp_path, caplog):
+def test_an_expert_without_scales_is_refused(tmp_path, caplog, monkeypatch):
+    # Other tests, and accelerate, leave transformers' logger as they like it.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "disabled", False)
     folder = float_model("qwen3_moe", tmp_path / "float")
     one_by_one(folder, tmp_path / "old", False, ours)
     saved = entries(tmp_path / "old")

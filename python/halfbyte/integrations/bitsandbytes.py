@@ -1,7 +1,7 @@
 """halfbyte's kernels inside an installed bitsandbytes.
 
-bitsandbytes calls :func:`register` at the end of its own import, through its entry-point group
-``bitsandbytes.backends``. It does nothing unless the environment variable ``HALFBYTE_BACKEND`` is set to something
+bitsandbytes calls :func:`halfbyte_backend.register` at the end of its own import, through its entry-point group
+``bitsandbytes.backends``. That does nothing unless the environment variable ``HALFBYTE_BACKEND`` is set to something
 other than ``0``; then bitsandbytes keeps its modules, functions and files, and its 4-bit and blockwise operations run
 here, on CPU and CUDA. Bytes are the same, but for values halfway between two 8-bit codes on CUDA: on the CPU, 8-bit
 codes are rounded by way of the levels that bitsandbytes uses.
@@ -9,7 +9,6 @@ codes are rounded by way of the levels that bitsandbytes uses.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from typing import Any
@@ -20,15 +19,7 @@ from torch import Tensor
 from halfbyte import ops
 from halfbyte.integrations._bitsandbytes_ops import IMPLEMENTATIONS
 
-VARIABLE = "HALFBYTE_BACKEND"
-
 _library: Any = None
-
-
-def register() -> None:
-    """Take over the operations of the bitsandbytes that is being imported, if the environment says so."""
-    if os.environ.get(VARIABLE, "0") not in ("", "0"):
-        take_over()
 
 
 def take_over() -> None:
