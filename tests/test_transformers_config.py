@@ -207,6 +207,7 @@ def test_a_weight_that_is_not_of_the_layer_is_refused(tmp_path, caplog, monkeypa
     # Other tests, and accelerate, leave transformers' logger as they like it.
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("transformers"), "disabled", False)
+    caplog.set_level(logging.INFO, logger="transformers")
     from safetensors.torch import load_file, save_file
 
     model = load(config=halfbyte.HalfbyteConfig())

@@ -245,6 +245,7 @@ def test_an_expert_without_scales_is_refused(tmp_path, caplog, monkeypatch):
     # Other tests, and accelerate, leave transformers' logger as they like it.
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("transformers"), "disabled", False)
+    caplog.set_level(logging.INFO, logger="transformers")
     folder = float_model("qwen3_moe", tmp_path / "float")
     one_by_one(folder, tmp_path / "old", False, ours)
     saved = entries(tmp_path / "old")
