@@ -50,6 +50,11 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
     if dtype != Dtype::F32 && device(ordinal)?.capability >= 90 {
         STREAM[dtype_index(dtype)].load(ordinal)?;
     }
+    if matmul_wgmma::fits(device(ordinal)?, dtype) {
+        for kernel in WGMMA[dtype_index(dtype)].iter().flatten().flatten() {
+            kernel.load(ordinal)?;
+        }
+    }
     Ok(())
 }
 
