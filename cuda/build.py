@@ -169,6 +169,8 @@ class Nvrtc:
         self._call("nvrtcDestroyProgram", ctypes.byref(program))
         if str(ROOT) in ptx:
             raise SystemExit(f"{source}: a path of this machine got into the PTX")
+        # A comment that counts the calls of everything that this process has compiled, in whatever order.
+        ptx = re.sub(r" // callseq \d+(, \d+)?", "", ptx)
         # A hint of PTX 8.3 for tools that look for reads of memory that nobody wrote.
         ptx = re.sub(r'\t\.pragma "used_bytes_mask \d+";\n', "", ptx)
         return re.sub(r"(?m)^\.version .*$", f".version {family.ptx_version}", ptx, count=1)
