@@ -1,0 +1,84 @@
+"""Linear layers of vLLM with packed weights: fused q/k/v and gate/up are one matrix and one launch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from halfbyte import _int8_ops as int8_ops
+from halfbyte import ops
+from halfbyte.errors import ShapeError
+from halfbyte.integrations.vllm.storage import Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from halfbyte.integrations.vllm.config import HalfbyteConfig
+
+
+class HalfbyteLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """What makes, loads and multiplies the weight of one linear layer.
+
+    The layer gets a parameter ``weight`` with codes (uint8 ``[N, K/2]``, int8 ``[N, K]``) and a buffer
+    ``weight_scales``, for the rank's part of the matrix.
+    """
+
+    storage: Storage
+
+    def __init__(self, config: HalfbyteConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Make room for the rank's part of the matrix; vLLM says what is cut."""
+        load = extra_weight_attrs.pop("weight_loader")
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        cut = input_size_per_partition != input_size or shape[0] != output_size
+        try:
+            self.storage = Storage(
+                layer,
+                "weight",
+                shape,
+                params_dtype,
+                self.config.form,
+                self.config.double_quant,
+                cut,
+                load,
+                {**extra_weight_attrs, "input_dim": 1, "output_dim": 0},
+            )
+        except ShapeError as error:
+            raise ShapeError(f"{getattr(layer, 'prefix', type(layer).__name__)}: {error}") from error
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Put codes and scales into the layer; what a checkpoint said of its format is known now."""
+        self.storage.finish(getattr(layer, "prefix", ""))
+        self.shape, self.form = self.storage.shape, self.storage.form
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ W.T + bias``, ``[..., N]`` of x's dtype."""
+        eager = not torch.compiler.is_compiling() and ops.is_eager(x)
+        weight, scales = layer.weight, layer.weight_scales
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        if self.form.is_int8:
+            linear: Any = int8_ops.run_linear if eager else torch.ops.halfbyte.int8_linear.default
+            product: Tensor = linear(x, weight, scales, bias, self.config.threshold)
+            return product
+        multiply: Any = ops.run_matmul_4bit if eager else torch.ops.halfbyte.matmul_4bit.default
+        result: Tensor = multiply(x, weight, self.shape, scales, self.form.blocksize, self.form.scheme, bias)
+        return result
+
+    def dequantize_weight(self, layer: nn.Module) -> Tensor:  # noqa: ARG002
+        """Return the float weight ``[N, K]``."""
+        return self.storage.place().dense()
