@@ -90,6 +90,8 @@ def _low_rank_of_all(x: Tensor, expert: Tensor, lhs: Tensor, rhs: Tensor) -> Ten
 class _Stacks(nn.Module):
     """A module with stacks ``[E, N, K]`` as parameters, quantized when they first move to a device."""
 
+    _adapters: dict[str, list[tuple[Tensor, Tensor, float]]] | None = None
+
     def _pack(
         self,
         name: str,
@@ -119,8 +121,9 @@ class _Stacks(nn.Module):
 
         Adapters of libraries put theirs here for the time of a call. They are no part of the state dict.
         """
-        adapters: dict[str, list[tuple[Tensor, Tensor, float]]] = self.__dict__.setdefault("_adapters", {})
-        return adapters
+        if self._adapters is None:
+            self._adapters = {}
+        return self._adapters
 
     def _packed(self) -> dict[str, Params4bit]:
         return {name: p for name, p in self._parameters.items() if isinstance(p, Params4bit)}
@@ -138,7 +141,8 @@ class _Stacks(nn.Module):
                 f'module.to("{"cpu" if weight.is_meta else weight.device}"), or load a quantized checkpoint'
             )
         product = cast("Tensor", matmul_4bit_experts(x, offsets, weight, state, bias))
-        for lhs, rhs, scale in self.adapters.get(name, ()):
+        # Not the property, which may set an attribute: a traced forward changes none.
+        for lhs, rhs, scale in (self._adapters or {}).get(name, ()):
             product = product + low_rank(x, offsets, lhs, rhs).to(product.dtype) * scale
         return product
 
@@ -155,7 +159,7 @@ class _Stacks(nn.Module):
                     if applied is weight:
                         continue
                     if not isinstance(applied, Params4bit):
-                        applied = weight.like(applied)
+                        applied = weight.around(applied)
                     if torch._has_compatible_shallow_copy_type(weight, applied):
                         weight.data = applied
                     else:
