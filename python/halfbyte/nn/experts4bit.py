@@ -69,11 +69,16 @@ def low_rank(x: Tensor, offsets: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
     row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     owned = ((row >= offsets[0]) & (row < offsets[-1])).unsqueeze(1)
     lhs, rhs = lhs.to(x.dtype), rhs.to(x.dtype)
-    if x.is_cuda and x.dtype != torch.bfloat16:
+    # Grouped products on CUDA that wait for nothing are of bf16, with rows of whole 16 bytes, forward and backward.
+    aligned = x.shape[1] % 8 == 0 and lhs.shape[1] % 8 == 0
+    if x.is_cuda and not (x.dtype == torch.bfloat16 and aligned):
         return torch.where(owned, _low_rank_of_all(x, torch.searchsorted(offsets, row, right=True) - 1, lhs, rhs), 0)
-    spare = -rhs.shape[1] % 8  # grouped products want rows of whole 16 bytes
+    # They leave what is nobody's as it was in memory: rows, in results and in gradients, and gradients of experts
+    # without rows.
+    used = (offsets[1:] > offsets[:-1]).view(-1, 1, 1)
+    lhs, rhs = torch.where(used, lhs, 0), torch.where(used, rhs, 0)
+    spare = -rhs.shape[1] % 8
     lhs, rhs = F.pad(lhs, (0, spare)), F.pad(rhs, (0, 0, 0, spare))
-    # Grouped products leave what is nobody's as it was in memory, in results and in gradients.
     inner = torch.where(owned, F.grouped_mm(torch.where(owned, x, 0), rhs.transpose(1, 2), offs=offsets[1:]), 0)
     return torch.where(owned, F.grouped_mm(inner, lhs.transpose(1, 2), offs=offsets[1:]), 0)
 
