@@ -82,7 +82,7 @@ pub(crate) fn cuda_kernels(device: i32) -> PyResult<Vec<(&'static str, &'static 
         use halfbyte::device::cuda;
         let gpu = cuda::device(device).map_err(crate::errors::raise)?;
         let images = cuda::images_for(gpu.capability);
-        let served = |family| images.iter().any(|(name, image)| *name == family && image.is_some());
+        let served = |family: &str| images.iter().any(|(name, image)| *name == family && image.is_some());
         let all = [
             halfbyte::four_bit::cuda::kernels(),
             halfbyte::eight_bit::cuda::kernels(),
