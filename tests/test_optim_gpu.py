@@ -249,6 +249,8 @@ def test_paged_tensors_as_functions_have_them():
 
     paged = _pages.get_paged(3, 1000, dtype=torch.float32, device="cuda")
     assert paged.is_cuda and paged.shape == (3, 1000) and not paged.any()
+    assert paged.data_ptr() == torch.frombuffer(paged.page_buffer, dtype=torch.uint8).data_ptr()  # no copy of it
+    assert _pages.get_paged(0, device="cuda").shape == (0,)
     _pages.fill(paged, 2.0)
     _pages._mul(paged, paged.clone())
     _pages.prefetch_tensor(paged, to_cpu=True)
