@@ -144,12 +144,10 @@ def test_layers(shape, dtype):
         x = activations(m, k, columns, dtype)
         out = layer(x, w, column_stats, bias, threshold)
         wanted = expected(x, w, column_stats, bias, threshold)
-        # What is left of 16-bit x beside its code is rounded to 16 bits too.
+        # What is left of 16-bit x beside its code is rounded to 16 bits too; columns of fp32 are added one by one.
+        limit = TOLERANCE[dtype] * (max(1.0, columns**0.5 / 8) if dtype == torch.float32 else 1)
         scale = wanted.abs().amax(1, keepdim=True)
-        assert ((out.double() - wanted).abs() <= TOLERANCE[dtype] * (wanted.abs() + scale / 4)).all(), (
-            columns,
-            threshold,
-        )
+        assert ((out.double() - wanted).abs() <= limit * (wanted.abs() + scale / 4)).all(), (columns, threshold)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
