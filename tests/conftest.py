@@ -73,11 +73,21 @@ def _gpu(request, tmp_path_factory):
                 gc.collect()
                 torch.cuda.empty_cache()
         except RuntimeError as error:
+            if computes():
+                raise
             # A fault on the device is for good: every later test of this process would fail of it.
             if "PYTEST_XDIST_WORKER" not in os.environ:
                 pytest.exit(f"the device is of no use any more after {node.nodeid}: {error}", 3)
             print(f"{node.nodeid}: the device is of no use to this process any more: {error}", file=sys.__stderr__)
             os._exit(3)  # pytest-xdist starts another one for the rest
+
+
+def computes():
+    """Whether the GPU still does what it is asked."""
+    try:
+        return torch.ones(1, device="cuda").item() == 1
+    except (RuntimeError, AssertionError):
+        return False
 
 
 @pytest.fixture(autouse=True)
