@@ -23,6 +23,10 @@ build: ## rebuild the native module in place, after a change in rust/
 test: ## run the Python tests (those that need a GPU run where there is one)
 	$(BIN)/pytest
 
+.PHONY: gpu-test
+gpu-test: ## run the Python tests that need a GPU, their failures in .build/gpu-failures.txt
+	PYTHON=$(BIN)/python tests/run_gpu.sh
+
 .PHONY: test-rust
 test-rust: ## run the Rust tests, with and without CUDA support
 	cargo test --workspace

@@ -1,71 +1,126 @@
-"""Run every CUDA kernel once on small, ragged data; a program for compute-sanitizer, not a test of results.
+"""Run every CUDA kernel that this GPU uses on small, ragged data: for compute-sanitizer, not a test of results.
 
-usage: compute-sanitizer --tool memcheck|racecheck|initcheck --error-exitcode 1 python tests/sanitize_cuda.py
+usage: compute-sanitizer --tool memcheck|racecheck|initcheck --error-exitcode 1 python tests/sanitize_cuda.py [PART ...]
+
+Parts are four_bit, experts, int8 and optim; without one, all. racecheck is slow: give it a part at a time. The program
+ends with the kernels of the parts that have an image for this GPU and were not launched: those that it leaves to other
+GPUs, or that somebody forgot here.
 """
 
 from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from halfbyte import _native
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def main() -> None:
-    """Every entry of every image that this GPU uses."""
-    code = torch.tensor(_native.dynamic_map(True)).cuda()
-    for dtype in DTYPES:
-        for n, block in ((1, 64), (5001, 32), (4096 * 2 + 33, 64), (4096 * 3 + 7, 512), (4096 * 5, 4096)):
-            blocks = -(-n // block)
-            a = torch.randn(n).to(dtype).cuda()
-            packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cuda")
-            absmax = torch.empty(blocks, device="cuda")
-            out = torch.empty(n, dtype=dtype, device="cuda")
-            for kind in ("nf4", "fp4"):
-                _native.quantize_4bit(a, packed, absmax, kind, block)
-                _native.dequantize_4bit(packed, absmax, out, kind, block)
-                _native.quantize_4bit(a, packed, absmax, kind, block, True)
-                _native.encode_4bit(a, packed, absmax, kind, block)
-            offset = absmax.mean()
-            codes = torch.empty(blocks, dtype=torch.uint8, device="cuda")
-            nested = torch.empty(-(-blocks // 256), device="cuda")
-            _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
-            stats = {"nested_absmax": nested, "nested_code": code, "nested_offset": offset}
-            _native.encode_4bit(a, packed, codes, "nf4", block, **stats)
-            _native.dequantize_4bit(packed, codes, out, "nf4", block, **stats)
-            bytes_ = torch.empty(n, dtype=torch.uint8, device="cuda")
-            _native.quantize_blockwise(a, code, bytes_, absmax, block)
-            _native.dequantize_blockwise(bytes_, code, absmax, out, block)
-            odd = torch.empty(-(-n // 100), device="cuda")
-            _native.quantize_blockwise(a, code, bytes_, odd, 100)
-            _native.quantize_blockwise(a, torch.linspace(-1, 1, 256).cuda() ** 5, bytes_, absmax, block)
-        shapes = [(1, 33, 320), (8, 300, 1024), (9, 17, 64), (16, 4000, 192), (3, 20, 77)]
-        if dtype != torch.float32:
-            shapes += [(20, 300, 1088), (40, 130, 2048), (100, 40, 320)]
-        for m, n, k in shapes:
-            block = 64
-            w = torch.randn(n * k).cuda()
-            packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="cuda")
-            absmax = torch.empty(-(-n * k // block), device="cuda")
-            _native.quantize_4bit(w, packed, absmax, "nf4", block)
-            x, bias = torch.randn(m, k).to(dtype).cuda(), torch.randn(n).to(dtype).cuda()
-            y = torch.empty(m, n, dtype=dtype, device="cuda")
-            _native.matmul_4bit(x, packed, absmax, y, "nf4", block, bias)
-            offset = absmax.mean()
-            codes = torch.empty(absmax.numel(), dtype=torch.uint8, device="cuda")
-            nested = torch.empty(-(-absmax.numel() // 256), device="cuda")
-            _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
-            _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
-            y.cpu()
-        experts(dtype, code)
-        int8(dtype)
-        optimizers(dtype)
-    torch.cuda.synchronize()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts that are named; 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="*", help=f"{', '.join(PARTS)}; all without one")
+    parts = parser.parse_args(arguments).part
+    for part in parts:
+        if part not in PARTS:
+            parser.error(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
+    if not torch.cuda.is_available():
+        print("no CUDA device", file=sys.stderr)
+        return 2
+    for part in parts or PARTS:
+        start = time.perf_counter()
+        for dtype in DTYPES:
+            PARTS[part](dtype)
+        torch.cuda.synchronize()
+        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+    left = sorted(
+        f"{family}.{entry}"
+        for family, entry, loaded in _native.cuda_kernels(torch.cuda.current_device())
+        if not loaded and part_of(family) in (parts or PARTS)
+    )
+    print("not launched:", *(left or ["none"]), sep="\n  ")
+    return 0
 
 
-def experts(dtype: torch.dtype, code: torch.Tensor) -> None:
+def part_of(family: str) -> str:
+    """The part of a family of images."""
+    if family.startswith("four_bit_experts"):
+        return "experts"
+    return {"int8": "int8", "optim": "optim"}.get(family.split("_")[0], "four_bit")
+
+
+def dynamic_code() -> torch.Tensor:
+    return torch.tensor(_native.dynamic_map(True)).cuda()
+
+
+def four_bit(dtype: torch.dtype) -> None:
+    """4 and 8 bits: quantizing, by search and into given scales, decoding, products of each number of rows."""
+    code = dynamic_code()
+    quantizing(dtype, code)
+    products(dtype, code)
+
+
+def quantizing(dtype: torch.dtype, code: torch.Tensor) -> None:
+    """Codes and scales of blocks of each size, there and back."""
+    for n, block in ((1, 64), (5001, 32), (4096 * 2 + 33, 64), (4096 * 3 + 7, 512), (4096 * 5, 4096)):
+        blocks = -(-n // block)
+        a = torch.randn(n).to(dtype).cuda()
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cuda")
+        absmax = torch.empty(blocks, device="cuda")
+        out = torch.empty(n, dtype=dtype, device="cuda")
+        for kind in ("nf4", "fp4"):
+            _native.quantize_4bit(a, packed, absmax, kind, block)
+            _native.dequantize_4bit(packed, absmax, out, kind, block)
+            _native.quantize_4bit(a, packed, absmax, kind, block, True)
+            _native.encode_4bit(a, packed, absmax, kind, block)
+        offset = absmax.mean()
+        codes = torch.empty(blocks, dtype=torch.uint8, device="cuda")
+        nested = torch.empty(-(-blocks // 256), device="cuda")
+        _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
+        stats = {"nested_absmax": nested, "nested_code": code, "nested_offset": offset}
+        _native.encode_4bit(a, packed, codes, "nf4", block, **stats)
+        _native.dequantize_4bit(packed, codes, out, "nf4", block, **stats)
+        bytes_ = torch.empty(n, dtype=torch.uint8, device="cuda")
+        _native.quantize_blockwise(a, code, bytes_, absmax, block)
+        _native.dequantize_blockwise(bytes_, code, absmax, out, block)
+        odd = torch.empty(-(-n // 100), device="cuda")
+        _native.quantize_blockwise(a, code, bytes_, odd, 100)
+        _native.quantize_blockwise(a, torch.linspace(-1, 1, 256).cuda() ** 5, bytes_, absmax, block)
+
+
+def products(dtype: torch.dtype, code: torch.Tensor) -> None:
+    """A product for each kernel, with plain and with nested scales."""
+    shapes = [(1, 33, 320), (8, 300, 1024), (8, 16, 8192), (9, 17, 64), (16, 4000, 192), (3, 20, 77), (30, 9, 65)]
+    if dtype != torch.float32:  # the last are as many rows of the weight as make a block take 256
+        shapes += [(20, 300, 1088), (40, 130, 2048), (100, 40, 320), (12, 17_000, 64), (40, 17_000, 64)]
+    for m, n, k in shapes:
+        block = 64
+        w = torch.randn(n * k).cuda()
+        packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="cuda")
+        absmax = torch.empty(-(-n * k // block), device="cuda")
+        _native.quantize_4bit(w, packed, absmax, "nf4", block)
+        x, bias = torch.randn(m, k).to(dtype).cuda(), torch.randn(n).to(dtype).cuda()
+        y = torch.empty(m, n, dtype=dtype, device="cuda")
+        _native.matmul_4bit(x, packed, absmax, y, "nf4", block, bias)
+        offset = absmax.mean()
+        codes = torch.empty(absmax.numel(), dtype=torch.uint8, device="cuda")
+        nested = torch.empty(-(-absmax.numel() // 256), device="cuda")
+        _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
+        _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
+        y.cpu()
+
+
+def experts(dtype: torch.dtype) -> None:
     """Groups of weights, and stacks of experts: few and many rows each, ragged and not, plain and nested."""
+    code = dynamic_code()
     cases = (((2, 0, 1, 3), 33, 320), ((9, 0, 40), 20, 768), ((1, 0, 70, 17), 16, 1024), ((3, 2), 7, 77), ((1,), 1, 64))
     for counts, n, k in cases:
         e = len(counts)
@@ -99,6 +154,8 @@ def experts(dtype: torch.dtype, code: torch.Tensor) -> None:
 def int8(dtype: torch.dtype) -> None:
     """LLM.int8: rows, columns, products by each kernel and whole layers, with no, some and only outlier columns."""
     shapes = ((1, 40, 256), (9, 333, 1040), (20, 48, 528), (70, 130, 144), (130, 300, 272), (300, 70, 128), (3, 7, 99))
+    # For each size of tiles, and for the long rows.
+    shapes += ((40, 9, 99), (40, 48, 128), (257, 8192, 128), (2, 48, 2064), (5, 9, 4224))
     for m, n, k in shapes:
         x, w = torch.randn(m, k), torch.randint(-127, 128, (n, k), dtype=torch.int8).cuda()
         x[0, k // 2] = 30.0
@@ -149,6 +206,8 @@ def optimizers(dtype: torch.dtype) -> None:
     total = torch.zeros(1, device="cuda")
     for rule in rules:
         for extra in ("none", "master", "compensation", "chance", "device"):
+            if dtype == torch.float32 and extra in ("master", "compensation"):
+                continue  # of 16-bit parameters
             sizes, states = [1, 300, 256 * 40, 5003, 777], []
             params = [torch.randn(n, device="cuda").to(dtype) for n in sizes[:-1]]
             params.append(torch.randn(sizes[-1] + 1, device="cuda").to(dtype)[1:])
@@ -170,6 +229,13 @@ def optimizers(dtype: torch.dtype) -> None:
             total.item()
 
 
+PARTS: dict[str, Callable[[torch.dtype], None]] = {
+    "four_bit": four_bit,
+    "experts": experts,
+    "int8": int8,
+    "optim": optimizers,
+}
+
+
 if __name__ == "__main__":
-    main()
-    print("every kernel ran")
+    sys.exit(main())

@@ -286,6 +286,7 @@ def test_wall_time_leaves_out_what_only_a_first_call_does(milliseconds):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_bench_on_a_gpu(tmp_path):
     file = tmp_path / "figures.jsonl"
     done = bench(

@@ -402,6 +402,7 @@ def test_threads_share_kernels():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_more_than_two_to_the_31_elements():
     n = (1 << 31) + (1 << 20)
     if torch.cuda.mem_get_info()[0] < 20 << 30:

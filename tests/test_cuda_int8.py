@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,12 +146,10 @@ def test_layers(shape, dtype):
         x = activations(m, k, columns, dtype)
         out = layer(x, w, column_stats, bias, threshold)
         wanted = expected(x, w, column_stats, bias, threshold)
-        # What is left of 16-bit x beside its code is rounded to 16 bits too.
+        # What is left of 16-bit x beside its code is rounded to 16 bits too; columns of fp32 are added one by one.
+        limit = TOLERANCE[dtype] * (max(1.0, columns**0.5 / 8) if dtype == torch.float32 else 1)
         scale = wanted.abs().amax(1, keepdim=True)
-        assert ((out.double() - wanted).abs() <= TOLERANCE[dtype] * (wanted.abs() + scale / 4)).all(), (
-            columns,
-            threshold,
-        )
+        assert ((out.double() - wanted).abs() <= limit * (wanted.abs() + scale / 4)).all(), (columns, threshold)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -234,20 +234,35 @@ def test_bitmaps_and_lists():
     assert torch.equal(columns[: count.item()], wanted.sort().values)
 
 
+COMPARED = """
+import bitsandbytes, torch
+from test_cuda_int8 import _native, bits, rows
+
+assert "halfbyte" not in bitsandbytes.__file__
+theirs_of = bitsandbytes.functional.int8_vectorwise_quant
+torch.manual_seed(0)
+for k in (512, 4096, 8192):
+    for scale in (1e-3, 1.0, 300.0):
+        x = (torch.randn(256, k, device="cuda") * scale).half()
+        codes, stats, _ = rows(x)
+        theirs, their_stats, _ = theirs_of(x)
+        assert torch.equal(codes, theirs) and torch.equal(stats, their_stats)
+        codes, stats, outliers = rows(x, 3.0)
+        _native.int8_zero_columns(codes, outliers)
+        theirs, their_stats, columns = theirs_of(x, threshold=3.0)
+        assert torch.equal(codes, theirs) and torch.equal(stats, their_stats)
+        found = bits(outliers, k).nonzero()[:, 0]
+        assert torch.equal(found, columns if columns is not None else found[:0])
+print("compared")
+"""
+
+
+@pytest.mark.skipif("HALFBYTE_BITSANDBYTES_PATH" not in os.environ, reason="HALFBYTE_BITSANDBYTES_PATH is not set")
 def test_bytes_are_those_of_bitsandbytes():
-    path = os.environ.get("HALFBYTE_BITSANDBYTES_PATH")
-    if not path:
-        pytest.skip("HALFBYTE_BITSANDBYTES_PATH names no bitsandbytes")
-    sys.path.insert(0, path)
-    F = pytest.importorskip("bitsandbytes").functional
-    for k in (512, 4096, 8192):
-        for scale in (1e-3, 1.0, 300.0):
-            x = (torch.randn(256, k, device="cuda") * scale).half()
-            codes, stats, _ = rows(x)
-            theirs, their_stats, _ = F.int8_vectorwise_quant(x)
-            assert torch.equal(codes, theirs) and torch.equal(stats, their_stats)
-            codes, stats, outliers = rows(x, 3.0)
-            _native.int8_zero_columns(codes, outliers)
-            theirs, their_stats, columns = F.int8_vectorwise_quant(x, threshold=3.0)
-            assert torch.equal(codes, theirs) and torch.equal(stats, their_stats)
-            assert torch.equal(bits(outliers, k).nonzero()[:, 0], columns)
+    """In a process of its own: in this one its name may be halfbyte's by now."""
+    package = Path(_native.__file__).parents[1]
+    path = [os.environ["HALFBYTE_BITSANDBYTES_PATH"], str(package), str(Path(__file__).parent)]
+    env = os.environ | {"HALFBYTE_NO_DROPIN": "1", "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", COMPARED]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("compared\n"), done.stderr

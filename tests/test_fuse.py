@@ -288,9 +288,11 @@ def test_moves(attention, device, launches):
     x = torch.randn(2, 64)
     want = attention(x)
     assert launches == [3]
+    saved = attention.state_dict()
     attention.to("meta").to_empty(device="cpu")
-    attention = attention.to(device)
-    assert want.shape == (2, 128)
+    attention.load_state_dict(saved)
+    assert torch.equal(attention(x), want)
+    torch.testing.assert_close(attention.to(device)(x.to(device)).cpu(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_that_do_not_fit_together(device, launches):

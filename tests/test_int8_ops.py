@@ -48,14 +48,16 @@ def test_rows_are_quantized_as_the_formula_says(device, dtype, threshold):
         outliers = wide.abs() >= threshold if threshold else torch.zeros_like(wide, dtype=torch.bool)
         kept = torch.where(outliers, 0, wide)
         want_stats = kept.abs().amax(1)
-        want = torch.round(kept * (127.0 / want_stats[:, None])).nan_to_num(0).to(torch.int8)
-        if rows > 1:
-            want[:, outliers.any(0)] = 0
         assert torch.equal(stats, want_stats)
-        # On CUDA the quotient is approximate, so a value on an edge may go the other way.
-        difference = (q.int() - want.int()).abs()
-        edges = 0 if device == "cpu" else 1 + x.numel() // 1000
-        assert int(difference.max()) <= 1 and int(difference.sum()) <= edges
+        if rows > 1:
+            kept[:, outliers.any(0)] = 0
+        if device == "cpu":
+            want = torch.round(kept * (127.0 / want_stats[:, None])).nan_to_num(0).to(torch.int8)
+            assert torch.equal(q, want)
+        else:
+            # The quotient is approximate, so a value on an edge may go either way: of 16-bit numbers whole rows may be.
+            exact = kept.double() * 127 / want_stats.double().clamp(min=1e-30)[:, None]
+            assert ((q.double() - exact).abs() <= 0.5 + 1e-4).all()
         if threshold:
             assert torch.equal(columns, outliers.any(0).nonzero().view(-1))
         else:

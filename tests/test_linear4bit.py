@@ -269,6 +269,26 @@ class TestMoving:
         assert not module.weight.bnb_quantized
         assert module.weight.shape == (48, 64)
 
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_quantized_layer_on_meta_gets_memory_for_all_that_it_has(self, device, nested):
+        module = layer(compress_statistics=nested).to(device)
+        x = torch.randn(2, 64, device=device)
+        want, state, saved = module(x), module.quant_state, module.state_dict()
+        module.to("meta").to_empty(device=device)
+        made = module.weight.quant_state
+        assert module.quant_state is made
+        assert made is not state
+        assert made.absmax.shape == state.absmax.shape
+        assert made.absmax.device == state.absmax.device
+        assert torch.equal(made.code, state.code)
+        if nested:
+            assert torch.equal(made.state2.code, state.state2.code)
+            assert made.offset.device == made.state2.absmax.device == state.offset.device
+        module(x)
+        module.to("cpu").to(device)
+        module.load_state_dict(saved)
+        assert torch.equal(module(x), want)
+
     def test_with_parameters_swapped(self):
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:

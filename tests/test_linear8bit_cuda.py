@@ -38,15 +38,20 @@ def test_layers_are_near_the_cpus(shape, dtype, outliers):
     x = spread(m, k, dtype, columns)
     codes, stats, _ = F.int8_vectorwise_quant(torch.randn(n, k))
     bias = torch.randn(n).to(dtype)
+    magnitudes = x.double().abs().cuda() @ (codes.double() * stats.double()[:, None] / 127).abs().t().cuda()
     for threshold in (0.0, 6.0):
-        want = OPS.int8_linear(x, codes, stats, bias, threshold).double()
-        got = OPS.int8_linear(x.cuda(), codes.cuda(), stats.cuda(), bias.cuda(), threshold).cpu().double()
-        scale = want.norm() / want.numel() ** 0.5
-        limit = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}[dtype]
-        assert (got - want).abs().max() <= limit * (scale + want.abs().max() * 0.5)
-        assert (got - want).norm() / want.norm() <= {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 6e-4}[
-            dtype
-        ]
+        got = OPS.int8_linear(x.cuda(), codes.cuda(), stats.cuda(), bias.cuda(), threshold)
+        # What its codes come to: the columns of outliers in floating point, their residuals in that of the input.
+        q, row_stats, mixed = F.int8_vectorwise_quant(x.cuda(), threshold)
+        left = q.double() * row_stats.double()[:, None] / 127
+        if mixed is not None:
+            left[:, mixed] = x.cuda()[:, mixed].double()
+        want = left @ (codes.double() * stats.double()[:, None] / 127).t().cuda() + bias.double().cuda()
+        eps = torch.finfo(dtype).eps
+        assert ((got.double() - want).abs() <= 0.51 * eps * want.abs() + (eps / 4 + 2**-20) * magnitudes).all()
+        # A value between two codes may get either: of 16-bit numbers, which are few, that can be a part of a row.
+        there = OPS.int8_linear(x, codes, stats, bias, threshold).double()
+        assert (got.cpu().double() - there).norm() / there.norm() <= 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 4, 33])
@@ -110,8 +115,11 @@ def test_rows_and_statistics_equal_the_cpus_up_to_edges():
         for threshold in (0.0, 6.0):
             here, there = F.int8_vectorwise_quant(x, threshold), F.int8_vectorwise_quant(x.cuda(), threshold)
             assert torch.equal(there[1].cpu(), here[1])
+            # The quotient is approximate on CUDA: values between two codes may get either.
+            exact = x.double() * 127 / here[1].double()[:, None]
+            between = (exact - exact.floor() - 0.5).abs() <= 1e-4
             difference = (here[0].int() - there[0].cpu().int()).abs()
-            assert difference.max() <= 1 and difference.sum() <= 20
+            assert difference.max() <= 1 and not difference[~between].any()
             assert (here[2] is None) == (there[2] is None)
             assert here[2] is None or torch.equal(there[2].cpu(), here[2])
 

@@ -1,6 +1,7 @@
 """Optimizers on a GPU: CUDA graphs, many tensors, streams, paging, gradient scaling."""
 
 import copy
+import gc
 import io
 import time
 
@@ -135,6 +136,7 @@ def test_448_tensors_are_a_step_of_few_launches():
     assert 1 <= len(kernels) <= 4, [event.name for event in kernels]
 
 
+@pytest.mark.alone
 def test_it_runs_on_the_current_stream_and_waits_for_nothing():
     (p,) = parameters([1 << 20], torch.float32)
     optimizer = optim.AdamW8bit([p], lr=1e-2, weight_decay=0.0)
@@ -144,10 +146,10 @@ def test_it_runs_on_the_current_stream_and_waits_for_nothing():
     before = p.detach().clone()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(1_000_000_000)  # cycles: half a second
         start = time.perf_counter()
         optimizer.step()
-        assert time.perf_counter() - start < 0.02
+        assert time.perf_counter() - start < 0.1
     assert not side.query()
     assert torch.equal(p.detach().clone(), before)  # of another stream: the step waits behind the sleep
     torch.cuda.synchronize()
@@ -247,6 +249,8 @@ def test_paged_tensors_as_functions_have_them():
 
     paged = _pages.get_paged(3, 1000, dtype=torch.float32, device="cuda")
     assert paged.is_cuda and paged.shape == (3, 1000) and not paged.any()
+    assert paged.data_ptr() == torch.frombuffer(paged.page_buffer, dtype=torch.uint8).data_ptr()  # no copy of it
+    assert _pages.get_paged(0, device="cuda").shape == (0,)
     _pages.fill(paged, 2.0)
     _pages._mul(paged, paged.clone())
     _pages.prefetch_tensor(paged, to_cpu=True)
@@ -261,6 +265,7 @@ def test_paged_tensors_as_functions_have_them():
         _pages.prefetch_tensor(torch.zeros(3, device="cuda"))
 
 
+@pytest.mark.alone
 def test_paged_memory_is_given_back():
     def used():
         torch.cuda.synchronize()
@@ -275,10 +280,12 @@ def test_paged_memory_is_given_back():
         optimizer.step()
         assert used() - before > 400e6
         del optimizer
+        gc.collect()  # the first step of a process brings the compiler in, whose import keeps what called it
     torch.cuda.empty_cache()
     assert used() - before < 100e6
 
 
+@pytest.mark.alone
 def test_a_step_survives_states_larger_than_the_memory_that_is_left():
     """Little is left to the states: what does not fit beside the rest lies on the host."""
     params = parameters([1 << 26])  # 512 MiB of 32-bit states
@@ -292,11 +299,13 @@ def test_a_step_survives_states_larger_than_the_memory_that_is_left():
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     filler = torch.empty(max(free - (300 << 20), 0), dtype=torch.uint8, device="cuda")
-    optimizer = paged(params, 32)
-    optimizer.step()
-    optimizer.step()
-    torch.cuda.synchronize()
-    del filler
+    try:
+        optimizer = paged(params, 32)
+        optimizer.step()
+        optimizer.step()
+        torch.cuda.synchronize()
+    finally:
+        del filler  # or the traceback of a failure would keep it
     assert torch.equal(params[0], twins[0])
 
 

@@ -26,7 +26,15 @@ def load(dtype=torch.float32, double=True):
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=dtype,
     )
-    return transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, quantization_config=config).eval()
+    return quantized(config, dtype)
+
+
+def quantized(config, dtype):
+    """A model on the CPU, also where there is a GPU, to which transformers would take it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=dtype, quantization_config=config, device_map={"": "cpu"}
+    )
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -174,7 +182,7 @@ def test_a_copy_of_a_model_with_adapters():
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_preparing_for_training_casts_all_but_packed_weights(storage):
     config = halfbyte.HalfbyteConfig("nf4", quant_storage=storage)
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16, quantization_config=config)
+    model = quantized(config, torch.bfloat16)
     before = [m.weight.data.clone().view(torch.uint8) for m in model.modules() if isinstance(m, Linear4bit)]
     model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     assert model.is_gradient_checkpointing

@@ -99,7 +99,7 @@ assert kinds(model) == {{halfbyte.nn.Linear4bit}}
 model.save_pretrained({str(tmp_path / "saved")!r})
 again = load({str(tmp_path / "saved")!r})
 assert kinds(again) == {{halfbyte.nn.Linear4bit}}
-ids = torch.arange(20).view(1, -1)
+ids = torch.arange(20, device=model.device).view(1, -1)
 assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
 assert transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__name__ == "Bnb4BitHfQuantizer"
 """

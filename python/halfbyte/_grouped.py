@@ -260,7 +260,8 @@ def matmul_4bit_experts(A: Any, offsets: Tensor, B: Any, quant_state: QuantState
     Only the weights of experts that have rows are read. The result of a row does not depend on what other rows there
     are, as long as there are on average at most ``EXPERTS_FUSED_ROWS`` (32) an expert. Beyond, bf16 on CUDA is
     multiplied by the dequantized stack with ``torch.nn.functional.grouped_mm``, for which there must be memory for
-    E·N·K bf16 numbers; fp16 and fp32 have no such product that would not wait for the device.
+    E·N·K bf16 numbers, and whose result is rounded to bf16 before the bias is added; fp16 and fp32 have no such product
+    that would not wait for the device.
 
     Gradients reach `A` and `bias`. The backward pass of bf16 on CUDA is done that way too; that of other types, and on
     the CPU, dequantizes one used expert at a time and reads `offsets` on the host.

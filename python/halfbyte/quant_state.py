@@ -173,6 +173,21 @@ class QuantState:
             moved.state2.__dict__.update(self.state2.__dict__)
         return moved.to(device)
 
+    def empty_on(self, device: torch.device | str | int) -> QuantState:
+        """Return a state like this one on `device`, with the code tables of its type and scales that hold anything."""
+        empty = QuantState.__new__(type(self))
+        empty.__dict__.update(self.__dict__)
+        for name in ("absmax", "code", "offset"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(empty, name, torch.empty_like(tensor, device=device))
+        if self.quant_type is not None:
+            empty.code = code_4bit(self.quant_type, torch.device(device))
+        if self.state2 is not None:
+            empty.state2 = self.state2.empty_on(device)
+            empty.state2.code = dynamic_map(True, torch.device(device))
+        return empty
+
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """Return the state under its checkpoint keys.
 

@@ -61,7 +61,7 @@ class PackedWeight(nn.Module):
         if applied is weight:
             return self
         if not isinstance(applied, Params4bit):
-            applied = weight.like(applied)
+            applied = weight.around(applied)
         if torch.__future__.get_swap_module_params_on_conversion():
             torch.utils.swap_tensors(weight, applied)  # type: ignore[no-untyped-call]
         elif torch._has_compatible_shallow_copy_type(weight, applied):

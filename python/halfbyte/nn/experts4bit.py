@@ -69,11 +69,16 @@ def low_rank(x: Tensor, offsets: Tensor, lhs: Tensor, rhs: Tensor) -> Tensor:
     row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     owned = ((row >= offsets[0]) & (row < offsets[-1])).unsqueeze(1)
     lhs, rhs = lhs.to(x.dtype), rhs.to(x.dtype)
-    if x.is_cuda and x.dtype != torch.bfloat16:
+    # Grouped products on CUDA that wait for nothing are of bf16, with rows of whole 16 bytes, forward and backward.
+    aligned = x.shape[1] % 8 == 0 and lhs.shape[1] % 8 == 0
+    if x.is_cuda and not (x.dtype == torch.bfloat16 and aligned):
         return torch.where(owned, _low_rank_of_all(x, torch.searchsorted(offsets, row, right=True) - 1, lhs, rhs), 0)
-    spare = -rhs.shape[1] % 8  # grouped products want rows of whole 16 bytes
+    # They leave what is nobody's as it was in memory: rows, in results and in gradients, and gradients of experts
+    # without rows.
+    used = (offsets[1:] > offsets[:-1]).view(-1, 1, 1)
+    lhs, rhs = torch.where(used, lhs, 0), torch.where(used, rhs, 0)
+    spare = -rhs.shape[1] % 8
     lhs, rhs = F.pad(lhs, (0, spare)), F.pad(rhs, (0, 0, 0, spare))
-    # Grouped products leave what is nobody's as it was in memory, in results and in gradients.
     inner = torch.where(owned, F.grouped_mm(torch.where(owned, x, 0), rhs.transpose(1, 2), offs=offsets[1:]), 0)
     return torch.where(owned, F.grouped_mm(inner, lhs.transpose(1, 2), offs=offsets[1:]), 0)
 
@@ -89,6 +94,8 @@ def _low_rank_of_all(x: Tensor, expert: Tensor, lhs: Tensor, rhs: Tensor) -> Ten
 
 class _Stacks(nn.Module):
     """A module with stacks ``[E, N, K]`` as parameters, quantized when they first move to a device."""
+
+    _adapters: dict[str, list[tuple[Tensor, Tensor, float]]] | None = None
 
     def _pack(
         self,
@@ -119,8 +126,9 @@ class _Stacks(nn.Module):
 
         Adapters of libraries put theirs here for the time of a call. They are no part of the state dict.
         """
-        adapters: dict[str, list[tuple[Tensor, Tensor, float]]] = self.__dict__.setdefault("_adapters", {})
-        return adapters
+        if self._adapters is None:
+            self._adapters = {}
+        return self._adapters
 
     def _packed(self) -> dict[str, Params4bit]:
         return {name: p for name, p in self._parameters.items() if isinstance(p, Params4bit)}
@@ -138,7 +146,8 @@ class _Stacks(nn.Module):
                 f'module.to("{"cpu" if weight.is_meta else weight.device}"), or load a quantized checkpoint'
             )
         product = cast("Tensor", matmul_4bit_experts(x, offsets, weight, state, bias))
-        for lhs, rhs, scale in self.adapters.get(name, ()):
+        # Not the property, which may set an attribute: a traced forward changes none.
+        for lhs, rhs, scale in (self._adapters or {}).get(name, ()):
             product = product + low_rank(x, offsets, lhs, rhs).to(product.dtype) * scale
         return product
 
@@ -155,7 +164,7 @@ class _Stacks(nn.Module):
                     if applied is weight:
                         continue
                     if not isinstance(applied, Params4bit):
-                        applied = weight.like(applied)
+                        applied = weight.around(applied)
                     if torch._has_compatible_shallow_copy_type(weight, applied):
                         weight.data = applied
                     else:

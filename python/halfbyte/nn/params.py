@@ -260,6 +260,16 @@ class Params4bit(torch.nn.Parameter):
         requires_grad = self.requires_grad and data.is_floating_point()
         return type(self)(data, requires_grad=requires_grad, **{**self.__dict__, **changes})
 
+    def around(self, data: Tensor) -> Params4bit:
+        """Return a parameter of this kind around `data`, which something else than :meth:`to` made of this one.
+
+        Its state is where `data` is. ``Module.to_empty`` gives memory to what was on meta: so does this to the state.
+        """
+        state = self.quant_state
+        if state is not None and state.absmax.device != data.device:
+            state = state.empty_on(data.device) if state.absmax.is_meta else state.copy_to(data.device)
+        return self.like(data, quant_state=state)
+
     # ---- copies
 
     def __getstate__(self) -> dict[str, Any]:

@@ -57,14 +57,15 @@ class Pages:
         size = prod(shape) * dtype.itemsize
         whole, buffer, start = self._open.get(index, (None, None, 0))
         if whole is None or start + size > whole.numel():
-            memory = _Memory(max(size, self._least), index)
+            memory = _Memory(max(size, self._least, 1), index)
             whole, buffer, start = torch.as_tensor(memory, device=torch.device("cuda", index)), memory.buffer, 0
         end = start + -(-size // _ALIGNMENT) * _ALIGNMENT
         if end < self._least:
             self._open[index] = whole, buffer, end
         else:
             self._open.pop(index, None)
-        piece: Tensor = whole[start : start + size].view(dtype).view(tuple(shape))
+        # Zeros here and not of the whole: this is in the order of the stream that asks for the piece.
+        piece: Tensor = whole[start : start + size].view(dtype).view(tuple(shape)).zero_()
         piece.is_paged, piece.page_deviceid, piece.page_buffer = True, index, buffer  # type: ignore[attr-defined]
         return piece
 

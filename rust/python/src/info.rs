@@ -68,3 +68,28 @@ pub(crate) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         Ok(info)
     }
 }
+
+/// Family, entry and whether it is loaded, of every kernel that there is an image of for a device.
+#[pyfunction]
+pub(crate) fn cuda_kernels(device: i32) -> PyResult<Vec<(&'static str, &'static str, bool)>> {
+    #[cfg(not(feature = "cuda"))]
+    return Err({
+        let _ = device;
+        crate::errors::raise(crate::no_cuda())
+    });
+    #[cfg(feature = "cuda")]
+    {
+        use halfbyte::device::cuda;
+        let gpu = cuda::device(device).map_err(crate::errors::raise)?;
+        let images = cuda::images_for(gpu.capability);
+        let served = |family: &str| images.iter().any(|(name, image)| *name == family && image.is_some());
+        let all = [
+            halfbyte::four_bit::cuda::kernels(),
+            halfbyte::eight_bit::cuda::kernels(),
+            halfbyte::int8::cuda::kernels(),
+            halfbyte::optim::cuda::kernels(),
+        ];
+        let kernels = all.into_iter().flatten().map(|kernel| (kernel.name(), kernel.is_loaded(gpu)));
+        Ok(kernels.filter(|((family, _), _)| served(family)).map(|((f, entry), loaded)| (f, entry, loaded)).collect())
+    }
+}

@@ -36,7 +36,7 @@ mod _native {
     #[pymodule_export]
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]
-    use super::info::{build_info, cuda_info, set_num_threads, simd_level, simd_levels};
+    use super::info::{build_info, cuda_info, cuda_kernels, set_num_threads, simd_level, simd_levels};
     #[pymodule_export]
     use super::int8::{
         int8_column_stats, int8_dequantize_rows, int8_levels, int8_linear, int8_linear_workspace, int8_matmul,

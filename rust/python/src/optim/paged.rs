@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 
 use crate::errors::raise;
 
-/// Managed memory, zeros at first; a writable buffer of bytes. Freed with the last user of the buffer.
+/// Managed memory, which holds anything at first; a writable buffer of bytes. Freed with the last user of the buffer.
 #[pyclass(frozen, module = "halfbyte._native")]
 pub(crate) struct PagedBuffer {
     memory: Managed,
@@ -27,9 +27,8 @@ fn current_stream(py: Python<'_>, device: i32) -> PyResult<Stream> {
 #[pymethods]
 impl PagedBuffer {
     #[new]
-    fn new(py: Python<'_>, nbytes: usize, device: i32) -> PyResult<Self> {
-        let stream = current_stream(py, device)?;
-        Ok(Self { memory: Managed::zeroed(&stream, nbytes).map_err(raise)?, device })
+    fn new(nbytes: usize, device: i32) -> PyResult<Self> {
+        Ok(Self { memory: Managed::new(device, nbytes).map_err(raise)?, device })
     }
 
     /// Bytes.

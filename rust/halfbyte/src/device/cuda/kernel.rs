@@ -168,6 +168,11 @@ impl Kernel {
         self.handle(device).map(drop)
     }
 
+    /// Whether a device has it already: because of a launch, or of [`Kernel::load`].
+    pub fn is_loaded(&self, device: &Device) -> bool {
+        !self.handles[device.ordinal as usize].load(Ordering::Acquire).is_null()
+    }
+
     fn handle(&self, device: &Device) -> Result<sys::CUfunction> {
         let slot = &self.handles[device.ordinal as usize];
         let handle = slot.load(Ordering::Acquire);

@@ -9,7 +9,7 @@ use super::error::Named;
 use super::{Pointer, Stream};
 use crate::error::{Error, Result};
 
-/// Managed memory, zeros at first. Freed when dropped, which waits for the device.
+/// Managed memory, which holds anything at first. Freed when dropped, which waits for the device.
 #[derive(Debug)]
 pub struct Managed {
     address: Pointer,
@@ -18,18 +18,14 @@ pub struct Managed {
 }
 
 impl Managed {
-    /// Allocates `bytes`, at home on the device of the stream, where the zeros are written.
-    pub fn zeroed(stream: &Stream, bytes: usize) -> Result<Self> {
-        let owner = device(stream.device)?;
-        let _entered = owner.enter()?;
+    /// Allocates `bytes` for a device; its pages come to be where they are first touched.
+    pub fn new(device: i32, bytes: usize) -> Result<Self> {
+        let _entered = super::context::device(device)?.enter()?;
         let mut address = 0;
         let flags = sys::CUmemAttach_flags::CU_MEM_ATTACH_GLOBAL as u32;
         // SAFETY: the pointer to write to lives through the call; a size of zero is refused by the driver, so it is never asked for.
         unsafe { sys::cuMemAllocManaged(&raw mut address, bytes.max(1), flags) }.result().named("cuMemAllocManaged")?;
-        let made = Self { address, bytes, device: stream.device };
-        // SAFETY: the memory was just allocated, and nobody has it yet.
-        unsafe { sys::cuMemsetD8Async(address, 0, bytes, stream.handle.cast()) }.result().named("cuMemsetD8Async")?;
-        Ok(made)
+        Ok(Self { address, bytes, device })
     }
 
     /// Where it begins, on the host and on every device.
