@@ -237,6 +237,64 @@ def test_adapter(checkpoints, prompts, tmp_path):
     assert expected != checkpoints["nf4"][1][:6]
 
 
+REGISTRATION = """
+import importlib.metadata, sys
+from vllm.model_executor.layers import quantization as q
+from vllm.model_executor import model_loader
+(entry,) = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "halfbyte"]
+entry.load()()
+loaders = dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER)
+entry.load()()
+assert loaders == model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+assert issubclass(loaders["auto"], model_loader.DefaultModelLoader)
+names = [n for n in q.QUANTIZATION_METHODS if "halfbyte" in n or n == "bitsandbytes"]
+assert len(names) == len(set(names))
+print(sorted(names), "bitsandbytes" in loaders)
+
+from halfbyte.integrations.vllm.config import *
+four = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+ours = {"quant_method": "halfbyte", "scheme": "fp4", "blocksize": 128}
+print([[c.override_quantization_method(config, user) for user in (None, "halfbyte", "halfbyte_int8", "bitsandbytes")]
+       for c in (HalfbyteConfig, HalfbyteInt8, BitsAndBytesConfig) for config in (four, ours, {"quant_method": "awq"})])
+assert HalfbyteConfig.from_config(ours).form == Format("fp4", 128)
+assert HalfbyteInt8().form.is_int8 and HalfbyteFP4().form.scheme == "fp4" and BitsAndBytesConfig().double_quant
+assert HalfbyteConfig.from_config_dict_json('{"scheme": "int8", "threshold": 4}').threshold == 4.0
+config = HalfbyteConfig(skip=["lm_head", "layers.1.mlp", "q_proj"])
+config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+skipped = ["model.layers.1.mlp.gate_up_proj", "model.layers.0.self_attn.qkv_proj", "lm_head"]
+assert all(map(config.skips, skipped))
+assert not any(map(config.skips, ["model.layers.0.mlp.gate_up_proj", "model.layers.11.mlp.down_proj", "x.o_proj"]))
+"""
+
+
+@pytest.mark.parametrize("taken", ["", "1", "0"], ids=["alone", "taken over", "beside its plugin"])
+def test_registration(taken, tmp_path):
+    """Idempotent; ``bitsandbytes`` is left to whoever has it, unless the user says otherwise."""
+    env = dict(os.environ)
+    if taken:
+        (tmp_path / "vllm_bnb_plugin").mkdir()
+        (tmp_path / "vllm_bnb_plugin" / "__init__.py").touch()
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), env.get("PYTHONPATH")]))
+        env["HALFBYTE_VLLM"] = taken
+    done = subprocess.run([PYTHON, "-c", REGISTRATION], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names, overrides = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    own = ["halfbyte", "halfbyte_fp4", "halfbyte_int8", "halfbyte_nf4"]
+    assert names == (f"{own} False" if taken == "0" else f"{['bitsandbytes', *own]} True")
+    claims = "halfbyte" if taken == "1" else None
+    assert json.loads(overrides.replace("None", "null").replace("'", '"')) == [
+        [claims, "halfbyte", claims, claims],  # halfbyte, of bitsandbytes' checkpoint
+        ["halfbyte", "halfbyte", None, None],
+        [None] * 4,
+        [None, None, "halfbyte_int8", None],  # halfbyte_int8, of the same
+        [None, None, "halfbyte_int8", None],
+        [None] * 4,
+        [None] * 4,  # bitsandbytes: nothing to override
+        [None, None, None, "bitsandbytes"],
+        [None] * 4,
+    ]
+
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 

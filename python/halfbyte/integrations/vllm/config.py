@@ -180,7 +180,7 @@ class HalfbyteConfig(QuantizationConfig):  # type: ignore[misc]
             logger.warning_once(
                 "%s: some of %s are to be skipped; vLLM has them as one layer, so all stay in full precision",
                 prefix,
-                names,
+                ", ".join(names),
             )
         return any(found)
 

@@ -66,15 +66,14 @@ def register(methods: Iterable[str]) -> None:
     The last is left alone where something else provides it, unless `methods` has that name.
     """
     METHODS.update(methods)
-    known: dict[str, type[Any]] = dict(
-        getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {"auto": DefaultModelLoader})
-    )
-    made: dict[type[Any], type[Any]] = {}
-    for load_format, loader in known.items():
+    # Not by register_model_loader, which warns of every name that it knows already.
+    registry: dict[str, type[Any]] = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    taught: dict[type[Any], type[Any]] = {}
+    for load_format, loader in registry.items():
         if load_format in _OTHER or getattr(loader, "joins_packed_weights", False):
             continue
-        if loader not in made:
-            made[loader] = joining(loader)
-        model_loader.register_model_loader(load_format)(made[loader])
+        if loader not in taught:
+            taught[loader] = joining(loader)
+        registry[load_format] = taught[loader]
     if BITSANDBYTES in METHODS:
-        model_loader.register_model_loader(BITSANDBYTES)(joining(DefaultModelLoader))
+        registry[BITSANDBYTES] = joining(DefaultModelLoader)

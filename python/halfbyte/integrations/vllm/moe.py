@@ -131,30 +131,37 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         activation = layer.activation
         if not isinstance(activation, MoEActivation):
             activation = MoEActivation.from_str(str(activation))
-        if x.is_cpu and activation == MoEActivation.SILU and getattr(layer, "swiglu_limit", None) is None:
-            gate, up = x.chunk(2, dim=-1)
-            return F.silu(gate) * up
         out = x.new_empty(x.shape[0], x.shape[1] // 2 if activation.is_gated else x.shape[1])
         apply_moe_activation(activation, out, x, **self._activation_options())
         return out
 
     def _activation_options(self) -> dict[str, Any]:
-        """Return limits and slopes of the activation, in the versions of vLLM whose mixtures have them."""
+        """Return limits and slopes of the activation, as the installed vLLM wants them."""
         try:
             from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig
             from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
-        except ImportError:
-            return {}
+        except ImportError:  # up to 0.27
+            alpha, beta = getattr(self.moe, "swiglu_alpha", None), getattr(self.moe, "swiglu_beta", None)
+            return {
+                "clamp_limit": getattr(self.moe, "swiglu_limit", None),
+                "alpha": 1.0 if alpha is None else alpha,
+                "beta": 0.0 if beta is None else beta,
+            }
         return {"activation_config": ApplyMoEActivationConfig.from_configs(self.moe, FUSED_MOE_UNQUANTIZED_CONFIG)}
 
 
 def _dense_product(storage: Storage, x: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply rows by int8 experts, which are dequantized for it."""
-    weight = storage.place().dense().to(x.dtype)
+    """Multiply rows by int8 experts, which are dequantized for it.
+
+    In bf16 on CUDA, whatever the activations are: grouped products of other types wait for the device there.
+    """
+    dtype = torch.bfloat16 if x.is_cuda else x.dtype
+    weight = storage.place().dense().to(dtype)
     row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     expert = torch.searchsorted(offsets, row, right=True) - 1
     owned = ((expert >= 0) & (row < offsets[-1])).unsqueeze(1)
-    out = F.grouped_mm(torch.where(owned, x, 0), weight.transpose(1, 2), offs=offsets[1:])
+    rows = torch.where(owned, x, 0).to(dtype)
+    out = F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:]).to(x.dtype)
     if bias is not None:
         out = out + bias[expert.clamp(0, weight.shape[0] - 1)]
     return torch.where(owned, out, 0)

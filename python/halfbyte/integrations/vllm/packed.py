@@ -143,7 +143,7 @@ class PackedWeight(Tensor):
         if not self.format.is_int8:
             codes, scales = self.codes.contiguous().view(-1, 1), self.scales.contiguous().view(-1)
             return ops.run_dequantize_4bit(codes, scales, self.format.blocksize, self.format.scheme, shape, self.dtype)
-        rows = self.codes.reshape(-1, shape[-1])
+        rows = self.codes.reshape(self.scales.numel(), shape[-1])
         return int8_ops.dequantize_rows(rows, self.scales.reshape(-1), self.dtype).view(shape)
 
     @classmethod
