@@ -28,6 +28,7 @@
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a row of blocks + 2·M·N.
 #include "async_copy.cuh"
 #include "mma.cuh"
+#include "scale_server.cuh"
 #include "shared.cuh"
 #include "wgmma.cuh"
 
@@ -75,14 +76,6 @@ struct Problem {
     float ungain;         // what the sums are multiplied with: 1 / the gain of the values
 };
 
-// A ring's place and the parity of its turn.
-template <u32 STAGES> struct Turn {
-    u32 stage = 0, parity = 0;
-    DEVICE void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
 DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 DEVICE u32 element(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
@@ -90,85 +83,6 @@ DEVICE u32 element(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2
 template <u32 ROWS> DEVICE u32 scales_at(u32 table, u32 stage, u32 row) {
     return table + (stage * (ROWS / 8) + row / 8) * 256 + 128 + row % 8 * 16;
 }
-
-// The scales of stages [first, last) of rows from row0 on, by two warps; a lane has ROWS / 64 rows.
-template <class S> struct ScaleServer {
-    static constexpr u32 EACH = S::ROWS / 64;
-    const Problem& p;
-    u32 row0, first, last, blocks, table, full, empty, thread;  // thread: 0 … 63
-
-    DEVICE u32 row(u32 i) const { return i * 64 + thread; }
-    DEVICE u64 block(u32 i, u32 stage) const { return u64(row0 + row(i)) * blocks + stage * 4; }
-
-    // Plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
-    DEVICE void whole() const {
-        Turn<S::STAGES> turn;
-        for (u32 stage = first; stage < last; ++stage, turn.next()) {
-            barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
-#pragma unroll
-            for (u32 i = 0; i < EACH; ++i) {
-                const bool valid = row0 + row(i) < p.N;
-                copy16(scales_at<S::ROWS>(table, turn.stage, row(i)), static_cast<const float*>(p.absmax) + (valid ? block(i, stage) : 0), valid);
-            }
-            barrier_arrive_copies(full + turn.stage * 8);
-        }
-    }
-
-    // Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes; loads run AHEAD stages ahead.
-    DEVICE void nested(const float* map) const {
-        constexpr u32 AHEAD = 2;
-        const float offset = __ldg(p.offset);
-        u32 codes[AHEAD][EACH];
-        float scale[AHEAD][EACH];
-        auto fetch = [&](u32 (&to)[EACH], float (&s)[EACH], u32 stage) {
-#pragma unroll
-            for (u32 i = 0; i < EACH; ++i) {
-                const bool valid = row0 + row(i) < p.N && stage < last;
-                to[i] = valid ? __ldg(reinterpret_cast<const u32*>(static_cast<const u8*>(p.absmax) + block(i, stage))) : 0;
-                s[i] = valid ? __ldg(p.nested + (block(i, stage) >> p.nested_shift)) : 0.f;
-            }
-        };
-#pragma unroll
-        for (u32 a = 0; a < AHEAD; ++a) fetch(codes[a], scale[a], first + a);
-        Turn<S::STAGES> turn;
-        for (u32 base = first; base < last; base += AHEAD) {
-#pragma unroll
-            for (u32 a = 0; a < AHEAD; ++a) {
-                const u32 stage = base + a;
-                if (stage >= last) break;
-                barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
-#pragma unroll
-                for (u32 i = 0; i < EACH; ++i) {
-                    const bool valid = row0 + row(i) < p.N;
-                    auto get = [&](u32 j) { return valid ? fmaf(map[codes[a][i] >> 8 * j & 0xff], scale[a][i], offset) : 0.f; };
-                    store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), make_float4(get(0), get(1), get(2), get(3)));
-                }
-                barrier_arrive(full + turn.stage * 8);
-                fetch(codes[a], scale[a], stage + AHEAD);
-                turn.next();
-            }
-        }
-    }
-
-    // Any scales. Blocks beyond the row get 0.
-    DEVICE void any() const {
-        const u32 fold = p.log2_block - 6;
-        const Scales scales{p.absmax, p.nested, p.map, p.offset, p.nested_shift};
-        Turn<S::STAGES> turn;
-        for (u32 stage = first; stage < last; ++stage, turn.next()) {
-            barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
-#pragma unroll 1
-            for (u32 i = 0; i < EACH; ++i) {
-                float s[4];
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j)
-                    s[j] = row0 + row(i) < p.N && stage * 4 + j < blocks ? scales.get(block(i, stage) + j >> fold) : 0.f;
-                store_float4(scales_at<S::ROWS>(table, turn.stage, row(i)), make_float4(s[0], s[1], s[2], s[3]));
-            }
-            barrier_arrive(full + turn.stage * 8);
-        }
-    }
-};
 
 template <u32 ROW_GROUPS, u32 K_GROUPS, u32 TILES>
 DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const Values& values, const Problem& p) {
@@ -226,17 +140,19 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                 __syncwarp();
             }
         } else {
-            const ScaleServer<S> server{p, row0, first, last, blocks, table, full, empty, threadIdx.x - 2 * WARP};
-            const bool fours = p.log2_block == 6 && blocks % 4 == 0;
-            const u64 at = reinterpret_cast<u64>(p.absmax);
-            if (p.nested == nullptr && fours && at % 16 == 0) {
-                server.whole();
-            } else if (p.nested != nullptr && fours && at % 4 == 0 && p.nested_shift >= 2) {
+            auto place = [&](u32 stage, u32 row) { return scales_at<S::ROWS>(table, stage, row); };
+            using Server = ScaleServer<Problem, decltype(place), S::ROWS, 2 * WARP, S::STAGES>;
+            const Server server{p, place, full, empty, threadIdx.x - 2 * WARP, row0, first, last, blocks};
+            Turn<S::STAGES> turn;
+            const typename Server::Way way = Server::way(p);
+            if (way == Server::WHOLE) {
+                server.whole(turn);
+            } else if (way == Server::NESTED) {
                 for (u32 i = threadIdx.x - 2 * WARP; i < 256; i += 2 * WARP) map[i] = __ldg(p.map + i);
                 named_barrier(2, 2 * WARP);
-                server.nested(map);
+                server.nested(turn, [&](u32 code) { return map[code]; });
             } else {
-                server.any();
+                server.any(turn);
             }
         }
     } else {

@@ -1,0 +1,41 @@
+// What the product of many rows needs of the hardware beside the headers that it shares: look-ups, pairs times a scale, stores of
+// a transposed tile.
+#pragma once
+#include "shared.cuh"
+
+// The word at a shared address: free to move, as it is made once.
+DEVICE u32 look_up(u32 at) {
+    u32 pair;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
+    return pair;
+}
+
+// Two f16 values.
+DEVICE float2 halves(u32 pair) {
+    float2 v;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+        : "=f"(v.x), "=f"(v.y)
+        : "r"(pair));
+    return v;
+}
+template <class T> DEVICE u32 pack(float low, float high);
+template <> DEVICE u32 pack<Bf16>(float low, float high) { return Pack<Bf16>::two(low, high); }
+template <> DEVICE u32 pack<F16>(float low, float high) {  // one instruction, where Pack has two and more for older GPUs
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+DEVICE void store_words(u32 at, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// Four 8 × 8 tiles of 16-bit elements, of which a lane (g, t) has columns 2t, 2t + 1 of row g, transposed: lanes 8i … 8i + 7 name
+// where the rows of tile i go.
+DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+// A register that MMAs have read: theirs until here.
+DEVICE void keep(u32& r) { asm volatile("" : "+r"(r)); }

@@ -1,0 +1,449 @@
+// out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] for many rows, straight from packed 4-bit weights, on Hopper's tensor cores.
+//
+//   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
+//
+// For sm_90a alone. Tiles are 128 weights × TOKENS (128 or 256) tokens, 64 weights × TOKENS a warpgroup, weights the A operand. Two
+// rings: x in steps of 64 of K, packed weights and their scales in stages of 256. A weight is a 16-bit number as dequantizing makes
+// it, code · absmax rounded once, so that sums stay in the tensor cores from the first step to the last.
+//
+// There are two forms, as a multiprocessor's shared memory moves 128 bytes a cycle, and a step of 256 tokens has 1024 cycles of MMAs:
+//
+//   bytes / 128 of a step                          MMAs read  x comes  packed come, are read  look-ups  weights written   in all
+//   DECODERS = 0   the multiplying warpgroups decode     512      256              32 + 100       128                 0     1028
+//   DECODERS = 1, 2  warpgroups that only decode         640      256              32 +  32       128               128     1216
+//
+// In the first form weights go from packed bytes into A operands in registers: a warpgroup decodes its next step while the tensor cores
+// have the last one, or the other warpgroup's. In the second the multiplying warps do nothing but multiply, from shared memory.
+//
+// Decoding is one look-up a byte: the pair of f16 values (times a gain with which they round well) of byte b for a lane is at
+// 64 K + 256 · b + 4 · lane, so that one byte permutation makes the address and every lane has a bank of its own. Two values become
+// floats, are multiplied with the block's scale, and are rounded together. Packed weights lie in the table's gaps, a row's 128 bytes of
+// a stage in each, 16-byte pieces swizzled.
+//
+// Warps: 0 copies x by the tensor memory accelerator, 1 and 2 packed weights, 3 scales; then decoders; then two warpgroups multiply.
+//
+// A cluster shares a tile along K: its blocks add their sums at the end, each those of its part of the tokens, in fixed order. Where
+// there are no clusters a block has one tile after another; where there are, one in all, as sums go where x has been.
+//
+// Shared memory from the begin of its window: barriers at 2 K, map at 3 K; at 4 K the last stage of x, or decoded weights; scales at
+// 36 K; results at 40 K; table at 64 K; x at 128 K.
+// Bytes: N·K / 2 + scales + 2·M·K (from the L2 for each tile beside) + 2·M·N.
+#include "large.cuh"
+#include "mma.cuh"
+#include "scale_server.cuh"
+#include "wgmma.cuh"
+
+#if !defined(ELEMENT) || !defined(TOKENS) || !defined(DECODERS)
+#error "compile with -DELEMENT=Bf16 or F16, -DTOKENS=128 or 256 and -DDECODERS=0, 1 or 2"
+#endif
+
+constexpr u32 ROWS = 128;     // of a tile, 64 a warpgroup
+constexpr u32 STAGE_K = 256;  // of packed weights
+constexpr u32 STEPS = 4;      // of x in a stage
+constexpr u32 SERVING = 128, MULTIPLYING = 256, THREADS = SERVING + DECODERS * 128 + MULTIPLYING;
+
+constexpr u32 BARRIERS_AT = 2 * 1024, MAP_AT = 3 * 1024, LOW_AT = 4 * 1024, SCALES_AT = 36 * 1024, RESULTS_AT = 40 * 1024;
+constexpr u32 TABLE_AT = 64 * 1024, HIGH_AT = 128 * 1024, HIGH_BYTES = 96 * 1024;
+constexpr u32 STAGES = 2;                        // 128 gaps of the table each
+constexpr u32 X_BYTES = TOKENS * 128;            // 64 of K
+constexpr u32 X_HIGH = HIGH_BYTES / X_BYTES, X_STAGES = X_HIGH + (DECODERS == 0 ? (SCALES_AT - LOW_AT) / X_BYTES : 0);
+constexpr u32 DECODED_BYTES = ROWS * 128;        // of a step; two of them, in turn
+constexpr u32 QUARTER = TOKENS / 4, QUARTER_SUMS = TOKENS / 8;
+static_assert(LOW_AT + 2 * DECODED_BYTES <= SCALES_AT && RESULTS_AT + 2 * QUARTER * 128 <= TABLE_AT, "shared memory");
+static_assert(3 * 2 * QUARTER_SUMS * 512 <= HIGH_BYTES, "sums of a cluster");
+
+// Registers of a thread by what it does, together no more than the block has from the start: 384 × 168, 512 × 128, 640 × 96.
+constexpr u32 SERVING_REGISTERS = DECODERS == 2 ? 40 : 56, DECODING_REGISTERS = DECODERS == 2 ? 56 : 104;
+constexpr u32 MULTIPLYING_REGISTERS = DECODERS == 0 ? 224 : DECODERS == 1 ? 168 : 160;
+static_assert(128 * SERVING_REGISTERS + DECODERS * 128 * DECODING_REGISTERS + 256 * MULTIPLYING_REGISTERS <=
+                  THREADS * (DECODERS == 0 ? 168 : DECODERS == 1 ? 128 : 96),
+              "registers");
+
+struct Problem {
+    const u8* packed;
+    const void* absmax;   // fp32 [N·K >> log2_block], or u8 codes if `nested`
+    const float* nested;  // fp32, one for 2^nested_shift codes; null when plain
+    const float* map;     // fp32 [256]
+    const float* offset;  // fp32 [1]
+    const ELEMENT* bias;  // [N] or null
+    ELEMENT* out;         // [M, N]
+    u32 M, N, K;          // K % 64 = 0
+    u32 log2_block;       // 6 … 12
+    u32 nested_shift;
+    float ungain;         // 1 / the gain of the values
+    u32 group;            // tiles of tokens that are gone through for each tile of weights
+    u32 unused;
+};
+
+struct Tile { u32 weights, tokens; };  // where it begins
+
+// The tiles that a block has, and its part of their K: what all its warps agree on.
+struct Share {
+    const Problem& p;
+    u32 across, down;   // tiles
+    u32 first, stride;  // tiles
+    u32 begin, end;     // stages
+    u32 rank, ranks;    // of a cluster
+    u32 window;         // shared address of address 0
+
+    DEVICE u32 count() const { return across * down; }
+    // `group` tiles of tokens for a tile of weights, then for the next: tiles of a time read the same x and few weights.
+    DEVICE Tile get(u32 i) const {
+        const u32 top = i / (p.group * across) * p.group, inner = i % (p.group * across), width = min(p.group, down - top);
+        return {inner / width * ROWS, (top + inner % width) * TOKENS};
+    }
+    DEVICE u32 barrier(u32 i) const { return window + BARRIERS_AT + i * 8; }
+    DEVICE u32 full() const { return barrier(0); }
+    DEVICE u32 empty() const { return barrier(STAGES); }
+    DEVICE u32 decoded_full() const { return barrier(2 * STAGES); }
+    DEVICE u32 decoded_empty() const { return barrier(2 * STAGES + 2); }
+    DEVICE u32 x_full() const { return barrier(2 * STAGES + 4); }
+    DEVICE u32 x_empty() const { return barrier(2 * STAGES + 4 + X_STAGES); }
+    DEVICE u32 x(u32 stage) const {
+        return window + (stage < X_HIGH ? HIGH_AT + stage * X_BYTES : LOW_AT + (stage - X_HIGH) * X_BYTES);
+    }
+    DEVICE u32 decoded(u32 step) const { return window + LOW_AT + step % 2 * DECODED_BYTES; }
+    DEVICE u32 scales(u32 stage, u32 row) const { return window + SCALES_AT + (stage * ROWS + row) * 16; }
+    // Of a row's 128 bytes of a stage.
+    DEVICE u32 packed(u32 stage, u32 row) const { return window + TABLE_AT + 128 + (stage * ROWS + row) * 256; }
+};
+
+// --- warps that copy -------------------------------------------------------------------------------------------------------
+
+DEVICE void serve_x(const Share& share, const TensorMap& map, u32 lane) {
+    Turn<X_STAGES> turn;
+    for (u32 i = share.first; i < share.count(); i += share.stride) {
+        const Tile tile = share.get(i);
+#pragma unroll 1
+        for (u32 step = share.begin * STEPS; step < share.end * STEPS; ++step, turn.next()) {
+            barrier_wait(share.x_empty() + turn.stage * 8, turn.parity ^ 1);
+            if (lane == 0) {
+                barrier_expect(share.x_full() + turn.stage * 8, X_BYTES);
+                copy_box(share.x(turn.stage), map, share.x_full() + turn.stage * 8, step * 64, tile.tokens);
+            }
+            __syncwarp();
+        }
+    }
+}
+
+// Eight rows at a time by 64 threads, eight pieces of 16 bytes each; zeros beyond N and beyond the row.
+DEVICE void serve_packed(const Share& share, u32 thread) {
+    const Problem& p = share.p;
+    const u32 row = thread / 8, piece = thread % 8, row_bytes = p.K / 2;
+    Turn<STAGES> turn;
+    for (u32 i = share.first; i < share.count(); i += share.stride) {
+        const u32 n = share.get(i).weights + row;
+#pragma unroll 1
+        for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
+            const u32 column = stage * (STAGE_K / 2) + piece * 16;
+            const u8* from = p.packed + u64(n) * row_bytes + column;
+            const u32 to = share.packed(turn.stage, row) + (piece ^ row) * 16;
+            barrier_wait(share.empty() + turn.stage * 8, turn.parity ^ 1);
+#pragma unroll
+            for (u32 j = 0; j < ROWS / 8; ++j) {
+                const bool valid = column < row_bytes && n + j * 8 < p.N;
+                copy16(to + j * 8 * 256, valid ? from : p.packed, valid);
+                from += 8 * u64(row_bytes);
+            }
+            barrier_arrive_copies(share.full() + turn.stage * 8);
+        }
+    }
+}
+
+DEVICE void serve_scales(const Share& share, u32 lane) {
+    const Problem& p = share.p;
+    auto place = [&](u32 stage, u32 row) { return share.scales(stage, row); };
+    using Server = ScaleServer<Problem, decltype(place), ROWS, WARP, STAGES>;
+    const typename Server::Way way = Server::way(p);
+    if (way == Server::NESTED) {
+        for (u32 i = lane; i < 256; i += WARP) store_float(share.window + MAP_AT + i * 4, __ldg(p.map + i));
+        __syncwarp();
+    }
+    Turn<STAGES> turn;
+    for (u32 i = share.first; i < share.count(); i += share.stride) {
+        const Server server{p, place, share.full(), share.empty(), lane, share.get(i).weights, share.begin, share.end, p.K / 64};
+        if (way == Server::WHOLE) server.whole(turn);
+        else if (way == Server::NESTED) server.nested(turn, [&](u32 code) { return load_float(share.window + MAP_AT + code * 4); });
+        else server.any(turn);
+    }
+}
+
+// --- decoding --------------------------------------------------------------------------------------------------------------
+
+DEVICE u32 word(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Two weights. `selector` takes a byte of `four` into bits 8 … 15 of `table`, which is where the table is for this lane.
+DEVICE u32 weights_of(u32 four, u32 selector, u32 table, float scale) {
+    const float2 values = halves(look_up(__byte_perm(four, table, selector)));
+    return pack<ELEMENT>(values.x * scale, values.y * scale);
+}
+constexpr u32 SELECTOR = 0x7604;  // with the byte's number in bits 4 … 7
+
+DEVICE float4 load_scales(const Share& share, u32 stage, u32 row) {
+    const float4 s = load_float4(share.scales(stage, row));
+    return make_float4(s.x * share.p.ungain, s.y * share.p.ungain, s.z * share.p.ungain, s.w * share.p.ungain);
+}
+
+#if DECODERS > 0
+// Decoder `which` has every DECODERS-th step, a thread a row of it.
+DEVICE void serve_decoded(const Share& share, u32 which, u32 row) {
+    const u32 lane = row % WARP, table = share.window + TABLE_AT + lane * 4;
+    Turn<STAGES> turn;
+    for (u32 i = share.first; i < share.count(); i += share.stride) {
+#pragma unroll 1
+        for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
+            barrier_wait(share.full() + turn.stage * 8, turn.parity);
+            const float4 scales = load_scales(share, turn.stage, row);
+#pragma unroll
+            for (u32 part = 0; part < STEPS / DECODERS; ++part) {
+                const u32 step = part * DECODERS + which, at = share.packed(turn.stage, row), chunk = 2 * step ^ row % 8;
+                const uint4 halves[2] = {load_uint4(at + chunk * 16), load_uint4(at + (chunk ^ 1) * 16)};
+                const float scale = element(scales, step);
+                barrier_wait(share.decoded_empty() + step % 2 * 8, step / 2 ^ 1);
+                const u32 to = share.decoded(step) + row * 128;
+#pragma unroll
+                for (u32 c = 0; c < 8; ++c) {
+                    const u32 four = word(halves[c / 4], c % 4);
+                    auto get = [&](u32 byte) { return weights_of(four, SELECTOR | byte << 4, table, scale); };
+                    store_words(to + (c ^ row % 8) * 16, get(0), get(1), get(2), get(3));
+                }
+                fence_for_mma();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(share.decoded_full() + step % 2 * 8);
+            }
+            if (lane == 0) barrier_arrive(share.empty() + turn.stage * 8);
+        }
+    }
+}
+#endif
+
+// --- multiplying -----------------------------------------------------------------------------------------------------------
+
+// One of two warpgroups, whose weights are 64 · group … + 63 of a tile.
+struct Multiplier {
+    const Share& share;
+    u32 group, thread;
+    u32 lane, warp, g, t;
+
+    DEVICE Multiplier(const Share& share, u32 group, u32 thread)
+        : share(share), group(group), thread(thread), lane(thread % WARP), warp(thread / WARP), g(lane / 4), t(lane % 4) {}
+
+    // Sums of a tile over this block's part of K.
+    DEVICE void multiply(float (&sums)[TOKENS / 2], Turn<STAGES>& turn, Turn<X_STAGES>& x_turn) const {
+#pragma unroll
+        for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0.f;
+        u32 before = 0;  // the stage of x of the MMAs under way
+        auto release = [&](u32 step) {
+            if (lane == 0) {
+                barrier_arrive(share.x_empty() + before * 8);
+                if (DECODERS > 0) barrier_arrive(share.decoded_empty() + step % 2 * 8);
+            }
+        };
+#if DECODERS == 0
+        const u32 row = group * 64 + warp * 16 + g, table = share.window + TABLE_AT + lane * 4, selector = SELECTOR | t << 4;
+        u32 a[2][4][4];
+#endif
+#pragma unroll 1
+        for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
+#if DECODERS == 0
+            barrier_wait(share.full() + turn.stage * 8, turn.parity);
+            const float4 scales[2] = {load_scales(share, turn.stage, row), load_scales(share, turn.stage, row + 8)};
+            const u32 at = share.packed(turn.stage, row);
+#endif
+#pragma unroll
+            for (u32 step = 0; step < STEPS; ++step) {
+#if DECODERS == 0
+                // Slots 2t, 2t + 1 of eight elements along K are byte t of their word; the MMAs that had this operand are done.
+                const u32 chunk = 2 * step ^ g;
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h) {
+#pragma unroll
+                    for (u32 odd = 0; odd < 2; ++odd) {
+                        const uint4 bytes = load_uint4(at + odd * 8 * 256 + (chunk ^ h) * 16);
+                        const float scale = element(scales[odd], step);
+#pragma unroll
+                        for (u32 i = 0; i < 4; ++i)
+                            a[step % 2][2 * h + i / 2][odd + i % 2 * 2] = weights_of(word(bytes, i), selector, table, scale);
+                    }
+                }
+                if (step == STEPS - 1) {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(share.empty() + turn.stage * 8);
+                }
+#else
+                barrier_wait(share.decoded_full() + step % 2 * 8, step / 2);
+                const u64 left = swizzled_operand(share.decoded(step) + group * 64 * 128);
+#endif
+                barrier_wait(share.x_full() + x_turn.stage * 8, x_turn.parity);
+                const u64 right = swizzled_operand(share.x(x_turn.stage));
+                mma_fence();
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) {
+#if DECODERS == 0
+                    Wgmma<ELEMENT, TOKENS>::add(sums, a[step % 2][j], right + 2 * j, false);
+#else
+                    mma_16<ELEMENT, TOKENS>(sums, left + 2 * j, right + 2 * j);
+#endif
+                }
+                mma_commit();
+                mma_wait<1>();
+#if DECODERS == 0
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j)
+#pragma unroll
+                    for (u32 i = 0; i < 4; ++i) keep(a[(step + 1) % 2][j][i]);
+#endif
+                if (step > 0 || stage > share.begin) release(step + 1);
+                before = x_turn.stage;
+                x_turn.next();
+            }
+        }
+        mma_wait<0>();
+        pin(sums);
+        if (share.begin < share.end) release(1);
+    }
+
+    // Where blocks of a cluster find sums of a quarter of the tokens that block `from` has and does not finish.
+    DEVICE u32 partial(u32 quarter, u32 from) const {
+        const u32 owned = 4 / share.ranks, mine = from * owned;
+        return share.window + HIGH_AT + ((quarter < mine ? quarter : quarter - owned) * 2 + group) * (QUARTER_SUMS * 512) + thread * 4;
+    }
+    DEVICE bool owns(u32 quarter) const { return quarter * share.ranks / 4 == share.rank; }
+
+    // Adds the sums of the cluster's blocks, of the tokens that this one finishes: its own, then the others' in order.
+    DEVICE void gather(float (&sums)[TOKENS / 2]) const {
+        named_barrier(3, MULTIPLYING);  // both warpgroups are through with x
+#pragma unroll
+        for (u32 q = 0; q < 4; ++q)
+            if (!owns(q)) {
+                const u32 to = partial(q, share.rank);
+#pragma unroll
+                for (u32 j = 0; j < QUARTER_SUMS; ++j) store_float(to + j * 512, sums[q * QUARTER_SUMS + j]);
+            }
+        cluster_arrive(), cluster_wait();
+#pragma unroll 1
+        for (u32 from = 0; from < share.ranks; ++from) {
+            if (from == share.rank) continue;
+#pragma unroll
+            for (u32 q = 0; q < 4; ++q)
+                if (owns(q)) {
+                    const u32 at = map_to_block(partial(q, from), from);
+#pragma unroll
+                    for (u32 j = 0; j < QUARTER_SUMS; ++j) sums[q * QUARTER_SUMS + j] += load_cluster_float(at + j * 512);
+                }
+        }
+    }
+
+    // Adds the bias, and writes quarters of the tokens by way of shared memory, so that a token's 64 weights are written together.
+    DEVICE void write(const float (&sums)[TOKENS / 2], Tile tile) const {
+        const Problem& p = share.p;
+        const u32 results = share.window + RESULTS_AT + group * (QUARTER * 128);
+        const u32 n0 = tile.weights + group * 64, n = n0 + thread % 8 * 8;
+        float bias[2];
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            const u32 at = n0 + warp * 16 + g + h * 8;
+            bias[h] = p.bias != nullptr && at < p.N ? to_float(p.bias[at]) : 0.f;
+        }
+        const bool wide = p.N % 8 == 0 && reinterpret_cast<u64>(p.out) % 16 == 0;
+        // What this lane stores: a piece of a tile's row, its tokens 8 apart; what this thread reads back: tokens 16 apart.
+        const u32 to = results + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+        const u32 from = results + thread / 8 * 128 + (thread % 8 ^ thread / 8 % 8) * 16;
+#pragma unroll
+        for (u32 q = 0; q < 4; ++q) {
+            if (share.ranks > 1 && !owns(q)) continue;
+            named_barrier(1 + group, 128);  // what was here has been read
+#pragma unroll
+            for (u32 j = 0; j < QUARTER / 8; j += 2) {
+                const float* v = sums + q * QUARTER_SUMS + j * 4;
+                auto two = [&](u32 i) { return pack<ELEMENT>(v[i] + bias[i / 2 % 2], v[i + 1] + bias[i / 2 % 2]); };
+                store_transposed(to + j * (8 * 128), two(0), two(2), two(4), two(6));
+            }
+            named_barrier(1 + group, 128);
+            u32 m = tile.tokens + q * QUARTER + thread / 8;
+            ELEMENT* out = p.out + u64(m) * p.N + n;
+            if (wide) {
+#pragma unroll
+                for (u32 i = 0; i < QUARTER / 16; ++i, m += 16, out += u64(16) * p.N)
+                    if (m < p.M && n < p.N) *reinterpret_cast<uint4*>(out) = load_uint4(from + i * (16 * 128));
+            } else {
+#pragma unroll 1
+                for (u32 i = 0; i < QUARTER / 16; ++i, m += 16, out += u64(16) * p.N) {
+                    if (m >= p.M) continue;
+#pragma unroll 1
+                    for (u32 e = 0; e < 8 && n + e < p.N; ++e) {
+                        const u32 pair = load_word(from + i * (16 * 128) + e / 2 * 4);
+                        out[e] = ELEMENT{u16(pair >> e % 2 * 16)};
+                    }
+                }
+            }
+        }
+    }
+
+    DEVICE void run() const {
+        Turn<STAGES> turn;
+        Turn<X_STAGES> x_turn;
+        for (u32 i = share.first; i < share.count(); i += share.stride) {
+            float sums[TOKENS / 2];
+            multiply(sums, turn, x_turn);
+            if (share.ranks > 1) gather(sums);
+            write(sums, share.get(i));
+        }
+    }
+};
+
+KERNEL __launch_bounds__(THREADS, 1)
+    matmul_4bit_large(const __grid_constant__ TensorMap x, u64 values0, u64 values1, u64 values2, u64 values3,
+                      const __grid_constant__ Problem problem) {  // boxes of TOKENS × 64; values in f16
+    extern __shared__ __align__(1024) u8 dynamic[];
+    const Problem& p = problem;
+    const Values values{{values0, values1, values2, values3}};
+    const u32 lane = threadIdx.x % WARP, warp = __shfl_sync(ALL_LANES, threadIdx.x / WARP, 0);
+    const u32 ranks = cluster_size(), rank = cluster_rank(), stages = (p.K + STAGE_K - 1) / STAGE_K;
+    const Share share = {p,
+                         (p.N + ROWS - 1) / ROWS,
+                         (p.M + TOKENS - 1) / TOKENS,
+                         blockIdx.x / ranks,
+                         gridDim.x / ranks,
+                         stages * rank / ranks,
+                         stages * (rank + 1) / ranks,
+                         rank,
+                         ranks,
+                         shared_begin(dynamic)};
+    let_dependents_start();
+    if (warp == 0) {
+        constexpr u32 READERS = DECODERS == 0 ? MULTIPLYING / WARP : DECODERS * 4;  // warps that read packed weights
+        if (lane < STAGES) barrier_init(share.full() + lane * 8, 3 * WARP), barrier_init(share.empty() + lane * 8, READERS);
+        if (DECODERS > 0 && lane < 2) barrier_init(share.decoded_full() + lane * 8, 4), barrier_init(share.decoded_empty() + lane * 8, 8);
+        if (lane < X_STAGES) barrier_init(share.x_full() + lane * 8, 1), barrier_init(share.x_empty() + lane * 8, MULTIPLYING / WARP);
+        barrier_init_fence();
+        if (lane == 0) prefetch_map(x);
+    }
+    // The table: four lanes' copies of a pair at a time.
+    for (u32 i = threadIdx.x; i < 256 * 8; i += THREADS) {
+        const u32 byte = i / 8, pair = values.get(byte / 16) | values.get(byte % 16) << 16;
+        store_words(share.window + TABLE_AT + byte * 256 + i % 8 * 16, pair, pair, pair, pair);
+    }
+    wait_for_predecessors();
+    __syncthreads();
+
+    if (warp < SERVING / WARP) {
+        fewer_registers<SERVING_REGISTERS>();
+        if (warp == 0) serve_x(share, x, lane);
+        else if (warp < 3) serve_packed(share, threadIdx.x - WARP);
+        else serve_scales(share, lane);
+        if (ranks > 1) cluster_arrive(), cluster_wait();
+#if DECODERS > 0
+    } else if (warp < (SERVING + DECODERS * 128) / WARP) {
+        fewer_registers<DECODING_REGISTERS>();
+        serve_decoded(share, warp / 4 - 1, threadIdx.x % 128);
+        if (ranks > 1) cluster_arrive(), cluster_wait();
+#endif
+    } else {
+        more_registers<MULTIPLYING_REGISTERS>();
+        Multiplier(share, warp / 4 - 1 - DECODERS, threadIdx.x % 128).run();
+    }
+    // Nobody leaves while its sums are read.
+    if (ranks > 1) cluster_arrive(), cluster_wait();
+}
