@@ -12,6 +12,15 @@ template <u32 STAGES> struct Turn {
     }
 };
 
+// The way that a weight's scales allow: as they are, 16 bytes at a time; from four codes in a word; one by one.
+enum class Way { WHOLE, NESTED, ANY };
+template <class Problem> DEVICE Way way_of(const Problem& p) {
+    const bool fours = p.log2_block == 6 && (p.K / 64) % 4 == 0;
+    const u64 at = reinterpret_cast<u64>(p.absmax);
+    if (p.nested == nullptr && fours && at % 16 == 0) return Way::WHOLE;
+    return p.nested != nullptr && fours && at % 4 == 0 && p.nested_shift >= 2 ? Way::NESTED : Way::ANY;
+}
+
 // Scales of stages [first, last) of ROWS rows from row0 on, by THREADS threads. `Problem` has N, K, log2_block and the scales of a
 // weight; `place(stage of the ring, row)` is where the four scales of a row go. Barriers of the ring: each thread arrives at `full`.
 template <class Problem, class Place, u32 ROWS, u32 THREADS, u32 STAGES> struct ScaleServer {
@@ -23,15 +32,6 @@ template <class Problem, class Place, u32 ROWS, u32 THREADS, u32 STAGES> struct 
 
     DEVICE u32 row(u32 i) const { return i * THREADS + thread; }
     DEVICE u64 block(u32 i, u32 stage) const { return u64(row0 + row(i)) * blocks + stage * 4; }
-
-    // The way that a weight's scales allow; map(code) is the nested map, which `nested` alone asks for.
-    enum Way { WHOLE, NESTED, ANY };
-    static DEVICE Way way(const Problem& p) {
-        const bool fours = p.log2_block == 6 && (p.K / 64) % 4 == 0;
-        const u64 at = reinterpret_cast<u64>(p.absmax);
-        if (p.nested == nullptr && fours && at % 16 == 0) return WHOLE;
-        return p.nested != nullptr && fours && at % 4 == 0 && p.nested_shift >= 2 ? NESTED : ANY;
-    }
 
     // Plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
     DEVICE void whole(Turn<STAGES>& turn) const {
@@ -46,7 +46,8 @@ template <class Problem, class Place, u32 ROWS, u32 THREADS, u32 STAGES> struct 
         }
     }
 
-    // Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes; loads run AHEAD stages ahead.
+    // Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes; loads run AHEAD stages ahead. map(code)
+    // is the nested map.
     template <class Map> DEVICE void nested(Turn<STAGES>& turn, Map map) const {
         constexpr u32 AHEAD = 2;
         const float offset = __ldg(p.offset);

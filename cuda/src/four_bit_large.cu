@@ -8,9 +8,9 @@
 //
 // There are two forms, as a multiprocessor's shared memory moves 128 bytes a cycle, and a step of 256 tokens has 1024 cycles of MMAs:
 //
-//   bytes / 128 of a step                          MMAs read  x comes  packed come, are read  look-ups  weights written   in all
-//   DECODERS = 0   the multiplying warpgroups decode     512      256              32 + 100       128                 0     1028
-//   DECODERS = 1, 2  warpgroups that only decode         640      256              32 +  32       128               128     1216
+//   bytes / 128 of a step                       MMAs read   x comes   packed come, are read   look-ups   weights written   in all
+//   SHARED = 0   who multiplies decodes               512       256              32 +   100        128                 0     1028
+//   SHARED = 1   a warpgroup decodes for two          640       256              32 +    32        128               128     1216
 //
 // In the first form weights go from packed bytes into A operands in registers: a warpgroup decodes its next step while the tensor cores
 // have the last one, or the other warpgroup's. In the second the multiplying warps do nothing but multiply, from shared memory.
@@ -20,7 +20,8 @@
 // floats, are multiplied with the block's scale, and are rounded together. Packed weights lie in the table's gaps, a row's 128 bytes of
 // a stage in each, 16-byte pieces swizzled.
 //
-// Warps: 0 copies x by the tensor memory accelerator, 1 and 2 packed weights, 3 scales; then decoders; then two warpgroups multiply.
+// Warps: 0 copies x by the tensor memory accelerator, 1 and 2 packed weights, 3 scales (or all of them copy and decode); then two
+// warpgroups multiply.
 //
 // A cluster shares a tile along K: its blocks add their sums at the end, each those of its part of the tokens, in fixed order. Where
 // there are no clusters a block has one tile after another; where there are, one in all, as sums go where x has been.
@@ -33,31 +34,27 @@
 #include "scale_server.cuh"
 #include "wgmma.cuh"
 
-#if !defined(ELEMENT) || !defined(TOKENS) || !defined(DECODERS)
-#error "compile with -DELEMENT=Bf16 or F16, -DTOKENS=128 or 256 and -DDECODERS=0, 1 or 2"
+#if !defined(ELEMENT) || !defined(TOKENS) || !defined(SHARED)
+#error "compile with -DELEMENT=Bf16 or F16, -DTOKENS=128 or 256 and -DSHARED=0 or 1"
 #endif
 
 constexpr u32 ROWS = 128;     // of a tile, 64 a warpgroup
 constexpr u32 STAGE_K = 256;  // of packed weights
 constexpr u32 STEPS = 4;      // of x in a stage
-constexpr u32 SERVING = 128, MULTIPLYING = 256, THREADS = SERVING + DECODERS * 128 + MULTIPLYING;
+constexpr u32 SERVING = 128, MULTIPLYING = 256, THREADS = SERVING + MULTIPLYING;
 
 constexpr u32 BARRIERS_AT = 2 * 1024, MAP_AT = 3 * 1024, LOW_AT = 4 * 1024, SCALES_AT = 36 * 1024, RESULTS_AT = 40 * 1024;
 constexpr u32 TABLE_AT = 64 * 1024, HIGH_AT = 128 * 1024, HIGH_BYTES = 96 * 1024;
 constexpr u32 STAGES = 2;                        // 128 gaps of the table each
 constexpr u32 X_BYTES = TOKENS * 128;            // 64 of K
-constexpr u32 X_HIGH = HIGH_BYTES / X_BYTES, X_STAGES = X_HIGH + (DECODERS == 0 ? (SCALES_AT - LOW_AT) / X_BYTES : 0);
+constexpr u32 X_HIGH = HIGH_BYTES / X_BYTES, X_STAGES = X_HIGH + (SHARED ? 0 : (SCALES_AT - LOW_AT) / X_BYTES);
 constexpr u32 DECODED_BYTES = ROWS * 128;        // of a step; two of them, in turn
 constexpr u32 QUARTER = TOKENS / 4, QUARTER_SUMS = TOKENS / 8;
 static_assert(LOW_AT + 2 * DECODED_BYTES <= SCALES_AT && RESULTS_AT + 2 * QUARTER * 128 <= TABLE_AT, "shared memory");
 static_assert(3 * 2 * QUARTER_SUMS * 512 <= HIGH_BYTES, "sums of a cluster");
 
-// Registers of a thread by what it does, together no more than the block has from the start: 384 × 168, 512 × 128, 640 × 96.
-constexpr u32 SERVING_REGISTERS = DECODERS == 2 ? 40 : 56, DECODING_REGISTERS = DECODERS == 2 ? 56 : 104;
-constexpr u32 MULTIPLYING_REGISTERS = DECODERS == 0 ? 224 : DECODERS == 1 ? 168 : 160;
-static_assert(128 * SERVING_REGISTERS + DECODERS * 128 * DECODING_REGISTERS + 256 * MULTIPLYING_REGISTERS <=
-                  THREADS * (DECODERS == 0 ? 168 : DECODERS == 1 ? 128 : 96),
-              "registers");
+// Registers of a thread, together no more than the block has from the start: 384 × 168.
+constexpr u32 SERVING_REGISTERS = SHARED ? 120 : 56, MULTIPLYING_REGISTERS = SHARED ? 192 : 224;
 
 struct Problem {
     const u8* packed;
@@ -108,6 +105,7 @@ struct Share {
     DEVICE u32 packed(u32 stage, u32 row) const { return window + TABLE_AT + 128 + (stage * ROWS + row) * 256; }
 };
 
+#if !SHARED
 // --- warps that copy -------------------------------------------------------------------------------------------------------
 
 DEVICE void serve_x(const Share& share, const TensorMap& map, u32 lane) {
@@ -154,19 +152,20 @@ DEVICE void serve_scales(const Share& share, u32 lane) {
     const Problem& p = share.p;
     auto place = [&](u32 stage, u32 row) { return share.scales(stage, row); };
     using Server = ScaleServer<Problem, decltype(place), ROWS, WARP, STAGES>;
-    const typename Server::Way way = Server::way(p);
-    if (way == Server::NESTED) {
+    const Way way = way_of(p);
+    if (way == Way::NESTED) {
         for (u32 i = lane; i < 256; i += WARP) store_float(share.window + MAP_AT + i * 4, __ldg(p.map + i));
         __syncwarp();
     }
     Turn<STAGES> turn;
     for (u32 i = share.first; i < share.count(); i += share.stride) {
         const Server server{p, place, share.full(), share.empty(), lane, share.get(i).weights, share.begin, share.end, p.K / 64};
-        if (way == Server::WHOLE) server.whole(turn);
-        else if (way == Server::NESTED) server.nested(turn, [&](u32 code) { return load_float(share.window + MAP_AT + code * 4); });
+        if (way == Way::WHOLE) server.whole(turn);
+        else if (way == Way::NESTED) server.nested(turn, [&](u32 code) { return load_float(share.window + MAP_AT + code * 4); });
         else server.any(turn);
     }
 }
+#endif
 
 // --- decoding --------------------------------------------------------------------------------------------------------------
 
@@ -185,26 +184,104 @@ DEVICE float4 load_scales(const Share& share, u32 stage, u32 row) {
     return make_float4(s.x * share.p.ungain, s.y * share.p.ungain, s.z * share.p.ungain, s.w * share.p.ungain);
 }
 
-#if DECODERS > 0
-// Decoder `which` has every DECODERS-th step, a thread a row of it.
-DEVICE void serve_decoded(const Share& share, u32 which, u32 row) {
-    const u32 lane = row % WARP, table = share.window + TABLE_AT + lane * 4;
-    Turn<STAGES> turn;
+#if SHARED
+// A row's scales of a stage on their way.
+struct RowScales {
+    const Share& share;
+    Way way;
+    u32 n;  // the row
+    bool valid;
+    float4 plain;
+    u32 codes;
+    float nested;
+
+    DEVICE RowScales(const Share& share, u32 n) : share(share), way(way_of(share.p)), n(n), valid(n < share.p.N) {}
+    DEVICE u64 block(u32 stage) const { return u64(n) * (share.p.K / 64) + stage * 4; }
+    DEVICE void fetch(u32 stage) {
+        const Problem& p = share.p;
+        if (!valid || stage >= share.end) return;
+        if (way == Way::WHOLE) {
+            plain = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(p.absmax) + block(stage)));
+        } else if (way == Way::NESTED) {
+            codes = __ldg(reinterpret_cast<const u32*>(static_cast<const u8*>(p.absmax) + block(stage)));
+            nested = __ldg(p.nested + (block(stage) >> p.nested_shift));
+        }
+    }
+    // Of the stage that was fetched last.
+    DEVICE float4 get(u32 stage, float offset) const {
+        const Problem& p = share.p;
+        if (!valid) return make_float4(0.f, 0.f, 0.f, 0.f);
+        if (way == Way::WHOLE) return plain;
+        if (way == Way::NESTED) {
+            auto one = [&](u32 j) { return fmaf(load_float(share.window + MAP_AT + (codes >> 8 * j & 0xff) * 4), nested, offset); };
+            return make_float4(one(0), one(1), one(2), one(3));
+        }
+        const Scales scales{p.absmax, p.nested, p.map, p.offset, p.nested_shift};
+        auto one = [&](u32 j) { return stage * 4 + j < p.K / 64 ? scales.get(block(stage) + j >> p.log2_block - 6) : 0.f; };
+        return make_float4(one(0), one(1), one(2), one(3));
+    }
+};
+
+// The warpgroup that decodes, a thread a row: its warps copy packed weights and scales of their own rows, and the first one copies x too.
+// A step's weights are written when its place is free; then so is that of the x of the next step, which is of three in turn.
+DEVICE void serve_decoded(const Share& share, const TensorMap& map, u32 row) {
+    const Problem& p = share.p;
+    const u32 lane = row % WARP, first_row = row - lane, table = share.window + TABLE_AT + lane * 4, row_bytes = p.K / 2;
+    const float offset = p.nested == nullptr ? 0.f : __ldg(p.offset);
+    if (way_of(p) == Way::NESTED) {
+        for (u32 i = row; i < 256; i += 128) store_float(share.window + MAP_AT + i * 4, __ldg(p.map + i));
+        named_barrier(4, 128);
+    }
+    u32 slot = 0, buffer = 0;
+    auto copy_x = [&](u32 tile, u32 step) {
+        if (row < WARP && tile < share.count()) {
+            if (lane == 0) {
+                barrier_expect(share.x_full() + slot * 8, X_BYTES);
+                copy_box(share.x(slot), map, share.x_full() + slot * 8, step * 64, share.get(tile).tokens);
+            }
+            __syncwarp();
+        }
+        slot = slot == X_STAGES - 1 ? 0 : slot + 1;
+    };
+    copy_x(share.first, share.begin * STEPS);
     for (u32 i = share.first; i < share.count(); i += share.stride) {
-#pragma unroll 1
-        for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
-            barrier_wait(share.full() + turn.stage * 8, turn.parity);
-            const float4 scales = load_scales(share, turn.stage, row);
+        const u32 weights = share.get(i).weights;
+        // Four rows at a time, eight pieces of 16 bytes each.
+        auto copy_packed = [&](u32 stage, u32 to_buffer) {
+            const u32 in = lane / 8, piece = lane % 8, column = stage * (STAGE_K / 2) + piece * 16, n = weights + first_row + in;
+            const u8* from = p.packed + u64(n) * row_bytes + column;
+            if (stage < share.end) {
 #pragma unroll
-            for (u32 part = 0; part < STEPS / DECODERS; ++part) {
-                const u32 step = part * DECODERS + which, at = share.packed(turn.stage, row), chunk = 2 * step ^ row % 8;
-                const uint4 halves[2] = {load_uint4(at + chunk * 16), load_uint4(at + (chunk ^ 1) * 16)};
-                const float scale = element(scales, step);
+                for (u32 j = 0; j < WARP / 4; ++j) {
+                    const bool valid = column < row_bytes && n + j * 4 < p.N;
+                    copy16(share.packed(to_buffer, first_row + in + j * 4) + (piece ^ (in + j * 4) % 8) * 16, valid ? from : p.packed, valid);
+                    from += 4 * u64(row_bytes);
+                }
+            }
+            commit();
+        };
+        RowScales scales(share, weights + row);
+        scales.fetch(share.begin);
+        copy_packed(share.begin, buffer);
+#pragma unroll 1
+        for (u32 stage = share.begin; stage < share.end; ++stage, buffer ^= 1) {
+            copy_packed(stage + 1, buffer ^ 1);
+            const float4 unscaled = scales.get(stage, offset);
+            scales.fetch(stage + 1);
+            wait_for_copies<1>();
+            __syncwarp();
+#pragma unroll
+            for (u32 step = 0; step < STEPS; ++step) {
+                const u32 chunk = 2 * step ^ row % 8, at = share.packed(buffer, row);
+                const uint4 bytes[2] = {load_uint4(at + chunk * 16), load_uint4(at + (chunk ^ 1) * 16)};
+                const float scale = element(unscaled, step) * p.ungain;
                 barrier_wait(share.decoded_empty() + step % 2 * 8, step / 2 ^ 1);
+                if (step + 1 < STEPS || stage + 1 < share.end) copy_x(i, stage * STEPS + step + 1);
+                else copy_x(i + share.stride, share.begin * STEPS);
                 const u32 to = share.decoded(step) + row * 128;
 #pragma unroll
                 for (u32 c = 0; c < 8; ++c) {
-                    const u32 four = word(halves[c / 4], c % 4);
+                    const u32 four = word(bytes[c / 4], c % 4);
                     auto get = [&](u32 byte) { return weights_of(four, SELECTOR | byte << 4, table, scale); };
                     store_words(to + (c ^ row % 8) * 16, get(0), get(1), get(2), get(3));
                 }
@@ -212,7 +289,6 @@ DEVICE void serve_decoded(const Share& share, u32 which, u32 row) {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(share.decoded_full() + step % 2 * 8);
             }
-            if (lane == 0) barrier_arrive(share.empty() + turn.stage * 8);
         }
     }
 }
@@ -235,25 +311,22 @@ struct Multiplier {
         for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0.f;
         u32 before = 0;  // the stage of x of the MMAs under way
         auto release = [&](u32 step) {
-            if (lane == 0) {
-                barrier_arrive(share.x_empty() + before * 8);
-                if (DECODERS > 0) barrier_arrive(share.decoded_empty() + step % 2 * 8);
-            }
+            if (lane == 0) barrier_arrive(SHARED ? share.decoded_empty() + step % 2 * 8 : share.x_empty() + before * 8);
         };
-#if DECODERS == 0
+#if !SHARED
         const u32 row = group * 64 + warp * 16 + g, table = share.window + TABLE_AT + lane * 4, selector = SELECTOR | t << 4;
         u32 a[2][4][4];
 #endif
 #pragma unroll 1
         for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
-#if DECODERS == 0
+#if !SHARED
             barrier_wait(share.full() + turn.stage * 8, turn.parity);
             const float4 scales[2] = {load_scales(share, turn.stage, row), load_scales(share, turn.stage, row + 8)};
             const u32 at = share.packed(turn.stage, row);
 #endif
 #pragma unroll
             for (u32 step = 0; step < STEPS; ++step) {
-#if DECODERS == 0
+#if !SHARED
                 // Slots 2t, 2t + 1 of eight elements along K are byte t of their word; the MMAs that had this operand are done.
                 const u32 chunk = 2 * step ^ g;
 #pragma unroll
@@ -280,7 +353,7 @@ struct Multiplier {
                 mma_fence();
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) {
-#if DECODERS == 0
+#if !SHARED
                     Wgmma<ELEMENT, TOKENS>::add(sums, a[step % 2][j], right + 2 * j, false);
 #else
                     mma_16<ELEMENT, TOKENS>(sums, left + 2 * j, right + 2 * j);
@@ -288,7 +361,7 @@ struct Multiplier {
                 }
                 mma_commit();
                 mma_wait<1>();
-#if DECODERS == 0
+#if !SHARED
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j)
 #pragma unroll
@@ -413,10 +486,10 @@ KERNEL __launch_bounds__(THREADS, 1)
                          shared_begin(dynamic)};
     let_dependents_start();
     if (warp == 0) {
-        constexpr u32 READERS = DECODERS == 0 ? MULTIPLYING / WARP : DECODERS * 4;  // warps that read packed weights
-        if (lane < STAGES) barrier_init(share.full() + lane * 8, 3 * WARP), barrier_init(share.empty() + lane * 8, READERS);
-        if (DECODERS > 0 && lane < 2) barrier_init(share.decoded_full() + lane * 8, 4), barrier_init(share.decoded_empty() + lane * 8, 8);
-        if (lane < X_STAGES) barrier_init(share.x_full() + lane * 8, 1), barrier_init(share.x_empty() + lane * 8, MULTIPLYING / WARP);
+        constexpr u32 WARPS = MULTIPLYING / WARP;
+        if (lane < STAGES) barrier_init(share.full() + lane * 8, 3 * WARP), barrier_init(share.empty() + lane * 8, WARPS);
+        if (lane < 2) barrier_init(share.decoded_full() + lane * 8, 4), barrier_init(share.decoded_empty() + lane * 8, WARPS);
+        if (lane < X_STAGES) barrier_init(share.x_full() + lane * 8, 1), barrier_init(share.x_empty() + lane * 8, WARPS);
         barrier_init_fence();
         if (lane == 0) prefetch_map(x);
     }
@@ -430,19 +503,17 @@ KERNEL __launch_bounds__(THREADS, 1)
 
     if (warp < SERVING / WARP) {
         fewer_registers<SERVING_REGISTERS>();
+#if SHARED
+        serve_decoded(share, x, threadIdx.x);
+#else
         if (warp == 0) serve_x(share, x, lane);
         else if (warp < 3) serve_packed(share, threadIdx.x - WARP);
         else serve_scales(share, lane);
-        if (ranks > 1) cluster_arrive(), cluster_wait();
-#if DECODERS > 0
-    } else if (warp < (SERVING + DECODERS * 128) / WARP) {
-        fewer_registers<DECODING_REGISTERS>();
-        serve_decoded(share, warp / 4 - 1, threadIdx.x % 128);
-        if (ranks > 1) cluster_arrive(), cluster_wait();
 #endif
+        if (ranks > 1) cluster_arrive(), cluster_wait();
     } else {
         more_registers<MULTIPLYING_REGISTERS>();
-        Multiplier(share, warp / 4 - 1 - DECODERS, threadIdx.x % 128).run();
+        Multiplier(share, warp / 4 - 1, threadIdx.x % 128).run();
     }
     // Nobody leaves while its sums are read.
     if (ranks > 1) cluster_arrive(), cluster_wait();

@@ -144,10 +144,10 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
             using Server = ScaleServer<Problem, decltype(place), S::ROWS, 2 * WARP, S::STAGES>;
             const Server server{p, place, full, empty, threadIdx.x - 2 * WARP, row0, first, last, blocks};
             Turn<S::STAGES> turn;
-            const typename Server::Way way = Server::way(p);
-            if (way == Server::WHOLE) {
+            const Way way = way_of(p);
+            if (way == Way::WHOLE) {
                 server.whole(turn);
-            } else if (way == Server::NESTED) {
+            } else if (way == Way::NESTED) {
                 for (u32 i = threadIdx.x - 2 * WARP; i < 256; i += 2 * WARP) map[i] = __ldg(p.map + i);
                 named_barrier(2, 2 * WARP);
                 server.nested(turn, [&](u32 code) { return map[code]; });
