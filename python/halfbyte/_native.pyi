@@ -84,6 +84,28 @@ def matmul_4bit(
 ) -> bool:
     """Write ``x @ w.T + bias`` to `out`. False, and nothing written, where a dense product is the better way."""
 
+def matmul_4bit_large(
+    x: Any,
+    packed: Any,
+    absmax: Any,
+    out: Any,
+    quant_type: str,
+    blocksize: int,
+    bias: Any | None = None,
+    nested_absmax: Any | None = None,
+    nested_code: Any | None = None,
+    nested_offset: Any | None = None,
+    nested_blocksize: int = 256,
+    tokens: int = 0,
+    split: int = 0,
+    shared: bool = False,
+) -> bool:
+    """Do :func:`matmul_4bit` by the CUDA kernel for many rows, whatever M. False, and nothing written, where it does not fit.
+
+    For tests and measurements: `tokens` of a tile (128, 256) and blocks that `split` a tile along K (1, 2, 4) are the
+    plan's where 0; with `shared`, decoded weights go through shared memory (256 tokens).
+    """
+
 def eager_matmul_4bit(x: Any, packed: Any, state: Any, bias: Any | None = None) -> Any | None:
     """Return the product of the plain case; None for any other, and nothing is written then."""
 

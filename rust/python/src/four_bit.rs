@@ -278,26 +278,7 @@ pub(crate) fn matmul(
     kind: Kind,
     blocksize: usize,
 ) -> PyResult<bool> {
-    let checked = || {
-        check_four_bit_block(blocksize)?;
-        let dtype = x.float()?;
-        let place = x.place()?;
-        check_together(place, &[x, packed, out])?;
-        out.expect_dtype(dtype)?;
-        out.expect_writable()?;
-        let shape = product_shape(x, out)?;
-        let (_, n, k) = shape;
-        let weights = n.checked_mul(k).ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), out))?;
-        expect_packed(packed, weights)?;
-        scales.check(place, block_count(weights, blocksize))?;
-        if let Some(bias) = bias {
-            check_together(place, &[bias])?;
-            bias.expect_dtype(dtype)?;
-            expect_len(bias, n)?;
-        }
-        Ok((dtype, place, shape))
-    };
-    let (dtype, place, shape) = checked().map_err(raise)?;
+    let (dtype, place, shape) = check_product(x, packed, scales, bias, out, blocksize).map_err(raise)?;
     match place {
         Place::Cpu => with_type!(dtype, T => {
             // SAFETY: place, types, sizes and layout are checked; the caller keeps others from writing.
@@ -326,6 +307,77 @@ pub(crate) fn matmul(
         Place::Cuda(_) => return Err(raise(crate::no_cuda())),
     }
     Ok(true)
+}
+
+/// Type, place and (M, N, K) of a product whose tensors all fit together.
+fn check_product(
+    x: &TensorRef,
+    packed: &TensorRef,
+    scales: &Scales,
+    bias: Option<&TensorRef>,
+    out: &TensorRef,
+    blocksize: usize,
+) -> Result<(Dtype, Place, (usize, usize, usize)), Error> {
+    check_four_bit_block(blocksize)?;
+    let dtype = x.float()?;
+    let place = x.place()?;
+    check_together(place, &[x, packed, out])?;
+    out.expect_dtype(dtype)?;
+    out.expect_writable()?;
+    let shape = product_shape(x, out)?;
+    let (_, n, k) = shape;
+    let weights = n.checked_mul(k).ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), out))?;
+    expect_packed(packed, weights)?;
+    scales.check(place, block_count(weights, blocksize))?;
+    if let Some(bias) = bias {
+        check_together(place, &[bias])?;
+        bias.expect_dtype(dtype)?;
+        expect_len(bias, n)?;
+    }
+    Ok((dtype, place, shape))
+}
+
+/// [`matmul_4bit`] by the CUDA kernel for many rows, whatever M; for tests and measurements. `tokens` of a tile and blocks that
+/// `split` a tile along K are the plan's where 0; with `shared`, decoded weights go through shared memory. False, and nothing
+/// written, where the kernel does not fit.
+#[cfg(feature = "cuda")]
+#[pyfunction]
+#[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256, tokens=0, split=0, shared=false))]
+pub(crate) fn matmul_4bit_large(
+    x: &Bound<'_, PyAny>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    quant_type: &str,
+    blocksize: usize,
+    bias: Option<&Bound<'_, PyAny>>,
+    nested_absmax: Option<&Bound<'_, PyAny>>,
+    nested_code: Option<&Bound<'_, PyAny>>,
+    nested_offset: Option<&Bound<'_, PyAny>>,
+    nested_blocksize: usize,
+    tokens: u32,
+    split: u32,
+    shared: bool,
+) -> PyResult<bool> {
+    let kind = parse_kind(quant_type).map_err(raise)?;
+    let x = TensorRef::new("x", x)?;
+    let packed = TensorRef::new("packed", packed)?;
+    let out = TensorRef::new("out", out)?;
+    let bias = TensorRef::optional("bias", bias)?;
+    let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
+    let (dtype, place, shape) = check_product(&x, &packed, &scales, bias.as_ref(), &out, blocksize).map_err(raise)?;
+    let Place::Cuda(device) = place else { return Ok(false) };
+    let stream = crate::stream_of(&x, device)?;
+    let bias = bias.map(|bias| bias.address() as u64);
+    let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
+    let set = |value: u32| (value != 0).then_some(value);
+    let choice = four_bit::cuda::LargeChoice { tokens: set(tokens), split: set(split), shared };
+    let absmax = scales.device();
+    // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
+    unsafe {
+        four_bit::cuda::matmul_large(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out, choice)
+    }
+    .map_err(raise)
 }
 
 /// (M, N, K) of `x` [..., K] and `out` [..., N].

@@ -31,6 +31,9 @@ mod _native {
     use super::eager_int8::eager_linear_int8;
     #[pymodule_export]
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::four_bit::matmul_4bit_large;
     #[pymodule_export]
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
     #[pymodule_export]

@@ -7,9 +7,10 @@ use crate::error::{Error, Result};
 use crate::layout::check_four_bit_block;
 
 use super::group::GroupPiece;
+use super::matmul_large::LargeChoice;
 use super::matmul_small::{MATMUL_MMA, MmaPlan, mma_values};
 use super::{aligned, kind_number};
-use super::{matmul_stream, matmul_wgmma};
+use super::{matmul_large, matmul_stream, matmul_wgmma};
 
 /// Most rows of activations that [`matmul`] takes where there is nothing better than `mma.sync`.
 const MOST_ROWS: usize = 32;
@@ -30,7 +31,14 @@ pub(super) static MATMUL_SIMT: [Kernel; 3] = [
 /// dense product is the better way. A pure function of its arguments and of what the device is.
 pub fn fused(ordinal: i32, dtype: Dtype, (m, n, k): (usize, usize, usize), block: usize) -> Result<bool> {
     check_four_bit_block(block)?;
-    Ok(m <= most_rows(device(ordinal)?, dtype, k, block) && i32::try_from(n.max(k)).is_ok())
+    let gpu = device(ordinal)?;
+    let takes = m <= most_rows(gpu, dtype, k, block) || large(gpu, dtype, m, k, block, &[]);
+    Ok(takes && i32::try_from(n.max(k)).is_ok())
+}
+
+/// Whether the kernel for many rows is the one to take.
+fn large(gpu: &Device, dtype: Dtype, m: usize, k: usize, block: usize, tensors: &[Pointer]) -> bool {
+    matmul_large::takes(gpu, dtype, m) && tensor_cores(gpu, dtype, k, block, tensors)
 }
 
 fn most_rows(gpu: &Device, dtype: Dtype, k: usize, block: usize) -> usize {
@@ -71,18 +79,21 @@ pub unsafe fn matmul(
     check_four_bit_block(block)?;
     let gpu = device(stream.device)?;
     let most = most_rows(gpu, dtype, k, block);
-    if m > most {
+    if m > most && !large(gpu, dtype, m, k, block, &[]) {
         return Err(Error::shape("x", format!("at most [{most}, K] on this GPU"), format!("[{m}, {k}]")));
     }
-    for (argument, size) in [("out", n), ("x", k)] {
-        if size > i32::MAX as usize {
-            return Err(Error::shape(argument, "at most 2147483647 columns", size));
-        }
-    }
+    check_columns(n, k)?;
     if m == 0 || n == 0 {
         return Ok(());
     }
     let tensor_cores = tensor_cores(gpu, dtype, k, block, &[x, packed]);
+    if large(gpu, dtype, m, k, block, &[x, packed]) {
+        let piece = GroupPiece { n, packed, absmax, bias, out };
+        // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
+        return unsafe {
+            matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, LargeChoice::default())
+        };
+    }
     if tensor_cores && matmul_stream::fits(gpu, dtype, m) {
         let piece = GroupPiece { n, packed, absmax, bias, out };
         // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
@@ -124,4 +135,46 @@ pub unsafe fn matmul(
         unsafe { MATMUL_SIMT[dtype_index(dtype)].launch(stream, launch, &mut arguments)? };
     }
     Ok(())
+}
+
+fn check_columns(n: usize, k: usize) -> Result<()> {
+    for (argument, size) in [("out", n), ("x", k)] {
+        if size > i32::MAX as usize {
+            return Err(Error::shape(argument, "at most 2147483647 columns", size));
+        }
+    }
+    Ok(())
+}
+
+/// [`matmul`] by the kernel for many rows, whatever M: for tests and measurements. False, and nothing enqueued, where it does not
+/// fit.
+///
+/// # Safety
+/// As [`matmul`].
+#[doc(hidden)]
+pub unsafe fn matmul_large(
+    stream: &Stream,
+    dtype: Dtype,
+    x: Pointer,
+    (m, n, k): (usize, usize, usize),
+    packed: Pointer,
+    absmax: Absmax,
+    kind: Kind,
+    block: usize,
+    bias: Option<Pointer>,
+    out: Pointer,
+    choice: LargeChoice,
+) -> Result<bool> {
+    check_four_bit_block(block)?;
+    check_columns(n, k)?;
+    let gpu = device(stream.device)?;
+    if !matmul_wgmma::fits(gpu, dtype) || !tensor_cores(gpu, dtype, k, block, &[x, packed]) {
+        return Ok(false);
+    }
+    if m > 0 && n > 0 {
+        let piece = GroupPiece { n, packed, absmax, bias, out };
+        // SAFETY: passed on; shape and alignment are as the kernel wants them.
+        unsafe { matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, choice)? };
+    }
+    Ok(true)
 }

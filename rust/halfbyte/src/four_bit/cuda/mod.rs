@@ -4,6 +4,7 @@ mod elementwise;
 mod experts;
 mod group;
 mod matmul;
+mod matmul_large;
 mod matmul_small;
 mod matmul_stream;
 mod matmul_wgmma;
@@ -12,7 +13,8 @@ mod search;
 pub use elementwise::{dequantize, quantize};
 pub use experts::{clear_rows, matmul_experts, route_experts};
 pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
-pub use matmul::{fused, matmul};
+pub use matmul::{fused, matmul, matmul_large};
+pub use matmul_large::LargeChoice;
 pub use search::{encode, quantize_search};
 
 use crate::codebook::Kind;
@@ -54,6 +56,7 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
         for kernel in WGMMA[dtype_index(dtype)].iter().flatten().flatten() {
             kernel.load(ordinal)?;
         }
+        matmul_large::preload(ordinal, dtype)?;
     }
     Ok(())
 }
@@ -71,6 +74,7 @@ pub fn kernels() -> Vec<&'static Kernel> {
         .chain(mma)
         .chain(&STREAM)
         .chain(WGMMA.iter().flatten().flatten().flatten())
+        .chain(matmul_large::kernels())
         .chain(experts::kernels())
         .collect()
 }

@@ -1,0 +1,176 @@
+"""Products of many rows by the kernel that is made for them, whatever the dispatch says: each of its forms, on ragged shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte import _native
+from halfbyte._matmul import statistics
+from halfbyte.functional import dequantize_4bit, quantize_4bit
+
+pytestmark = pytest.mark.gpu
+
+HALVES = [torch.bfloat16, torch.float16]
+# Tokens of a tile, blocks that share a tile along K, weights by way of shared memory.
+FORMS: list[tuple[int, int, bool]] = [
+    *((tokens, split, False) for tokens in (128, 256) for split in (1, 2, 4)),
+    *((256, split, True) for split in (1, 2, 4)),
+]
+CODES = [
+    ("nf4", 64, False),
+    ("nf4", 64, True),
+    ("fp4", 64, False),
+    ("nf4", 128, False),
+    ("nf4", 4096, True),
+    ("fp4", 256, True),
+]
+
+
+@pytest.fixture(autouse=True)
+def needs_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+
+
+def product(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    state: Any,
+    form: tuple[int, int, bool] = (0, 0, False),
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    n = state.shape[0]
+    out = torch.full((x.shape[0], n), float("nan"), device="cuda", dtype=x.dtype) if out is None else out
+    absmax, nested = statistics(state, x.device)
+    tokens, split, shared = form
+    done = _native.matmul_4bit_large(
+        x, packed, absmax, out, state.quant_type, state.blocksize, bias, *nested, tokens, split, shared
+    )
+    assert done
+    return out
+
+
+def exact_weight(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """The weight as code × scale in fp32."""
+    dtype, state.dtype = state.dtype, torch.float32
+    dense = dequantize_4bit(packed, state)
+    state.dtype = dtype
+    return dense
+
+
+def error(out: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    """Relative error against double precision."""
+    expected = x.double() @ dense.double().t()
+    if bias is not None:
+        expected += bias.double()
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(n, k, device="cuda") * 0.02).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "k"), [(128, 1024), (100, 1088), (520, 2048), (1024, 4096), (7, 8192)])
+@pytest.mark.parametrize(("kind", "block", "nested"), CODES)
+def test_every_form(n, k, kind, block, nested, dtype):
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(weight(n, k, dtype), quant_type=kind, blocksize=block, compress_statistics=nested)
+    exact = exact_weight(packed, state)
+    for rows in (1, 64, 128, 129, 255, 256, 300, 1030):
+        x = torch.randn(rows, k, device="cuda", dtype=dtype)
+        bias = torch.randn(n, device="cuda", dtype=dtype) if rows % 2 else None
+        for form in FORMS:
+            out = product(x, packed, state, form, bias)
+            assert error(out, x, exact, bias) < (3e-3 if dtype == torch.bfloat16 else 4e-4), (rows, form)
+            assert torch.equal(out, product(x, packed, state, form, bias)), (rows, form)
+
+
+@pytest.mark.parametrize("k", [64, 192, 256, 320])
+@pytest.mark.parametrize("shared", [False, True])
+def test_little_k(k, shared):
+    torch.manual_seed(1)
+    packed, state = quantize_4bit(weight(260, k, torch.bfloat16), quant_type="nf4")
+    x = torch.randn(257, k, device="cuda", dtype=torch.bfloat16)
+    assert error(product(x, packed, state, (0, 0, shared)), x, exact_weight(packed, state)) < 3e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("case", ["one huge block", "alternating signs", "zeros", "subnormal scales"])
+def test_no_worse_than_a_dense_product(case, shared, dtype):
+    torch.manual_seed(2)
+    n, k, rows = 384, 2048, 300
+    w = torch.randn(n, k, device="cuda") * 0.02
+    if case == "one huge block":
+        w[5, 64:128] *= 1e6 if dtype == torch.bfloat16 else 1e3
+    elif case == "alternating signs":
+        w = w.abs() * (1 - 2 * (torch.arange(k, device="cuda") % 2))
+    elif case == "zeros":
+        w[:, : k // 2] = 0
+    else:
+        w *= 1e-38 if dtype == torch.bfloat16 else 1e-5
+    packed, state = quantize_4bit(w.to(dtype), quant_type="nf4", compress_statistics=False)
+    exact = exact_weight(packed, state)
+    x = torch.randn(rows, k, device="cuda", dtype=dtype)
+    theirs = error(torch.nn.functional.linear(x, dequantize_4bit(packed, state)), x, exact)
+    assert error(product(x, packed, state, (256, 1, shared)), x, exact) <= theirs * 1.05 + 1e-7
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_beyond_the_edges_is_read_or_written(form):
+    """Rows of x that are not this product's hold NaN; what surrounds the output stays as it is."""
+    torch.manual_seed(3)
+    n, k, rows = 200, 1088, 301
+    packed, state = quantize_4bit(weight(n, k, torch.bfloat16), quant_type="nf4")
+    around = torch.full((rows + 600, k), float("nan"), device="cuda", dtype=torch.bfloat16)
+    x = around[300 : 300 + rows]
+    x.normal_()
+    room = torch.full((rows * n + 2000,), 7.0, device="cuda", dtype=torch.bfloat16)
+    out = room[1000 : 1000 + rows * n].view(rows, n)
+    product(x, packed, state, form, out=out)
+    assert error(out, x, exact_weight(packed, state)) < 3e-3
+    assert (room[:1000] == 7).all()
+    assert (room[1000 + rows * n :] == 7).all()
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_output_that_is_not_aligned(offset, shared):
+    torch.manual_seed(4)
+    packed, state = quantize_4bit(weight(136, 512, torch.bfloat16), quant_type="nf4")
+    x = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(300 * 136 + offset, device="cuda", dtype=torch.bfloat16)[offset:].view(300, 136)
+    product(x, packed, state, (256, 1, shared), out=out)
+    assert error(out, x, exact_weight(packed, state)) < 3e-3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_captured_and_replayed_with_other_activations(shared):
+    torch.manual_seed(5)
+    packed, state = quantize_4bit(weight(4096, 4096, torch.bfloat16), quant_type="nf4", compress_statistics=True)
+    x = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16)
+    form = (256, 1, shared)
+    product(x, packed, state, form)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = product(x, packed, state, form)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, product(x, packed, state, form))
+
+
+def test_what_it_does_not_take():
+    packed, state = quantize_4bit(weight(64, 64, torch.bfloat16), quant_type="nf4", blocksize=32)
+    x = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(300, 64, device="cuda", dtype=torch.bfloat16)
+    assert not _native.matmul_4bit_large(x, packed, state.absmax, out, "nf4", 32)
+    packed, state = quantize_4bit(weight(64, 64, torch.bfloat16), quant_type="nf4")
+    with pytest.raises(ValueError, match="choice"):
+        _native.matmul_4bit_large(x, packed, state.absmax, out, "nf4", 64, tokens=64)
