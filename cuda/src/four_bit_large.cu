@@ -233,19 +233,22 @@ DEVICE void serve_decoded(const Share& share, const TensorMap& map, u32 row) {
         named_barrier(4, 128);
     }
     u32 slot = 0, buffer = 0;
-    auto copy_x = [&](u32 tile, u32 step) {
-        if (row < WARP && tile < share.count()) {
+    auto copy_x = [&](bool valid, u32 tokens, u32 step) {
+        if (row < WARP && valid) {
             if (lane == 0) {
                 barrier_expect(share.x_full() + slot * 8, X_BYTES);
-                copy_box(share.x(slot), map, share.x_full() + slot * 8, step * 64, share.get(tile).tokens);
+                copy_box(share.x(slot), map, share.x_full() + slot * 8, step * 64, tokens);
             }
             __syncwarp();
         }
         slot = slot == X_STAGES - 1 ? 0 : slot + 1;
     };
-    copy_x(share.first, share.begin * STEPS);
+    Tile next = share.get(share.first);
+    copy_x(share.first < share.count(), next.tokens, share.begin * STEPS);
     for (u32 i = share.first; i < share.count(); i += share.stride) {
-        const u32 weights = share.get(i).weights;
+        const u32 weights = next.weights, tokens = next.tokens;
+        const bool more = i + share.stride < share.count();
+        if (more) next = share.get(i + share.stride);
         // Four rows at a time, eight pieces of 16 bytes each.
         auto copy_packed = [&](u32 stage, u32 to_buffer) {
             const u32 in = lane / 8, piece = lane % 8, column = stage * (STAGE_K / 2) + piece * 16, n = weights + first_row + in;
@@ -276,8 +279,8 @@ DEVICE void serve_decoded(const Share& share, const TensorMap& map, u32 row) {
                 const uint4 bytes[2] = {load_uint4(at + chunk * 16), load_uint4(at + (chunk ^ 1) * 16)};
                 const float scale = element(unscaled, step) * p.ungain;
                 barrier_wait(share.decoded_empty() + step % 2 * 8, step / 2 ^ 1);
-                if (step + 1 < STEPS || stage + 1 < share.end) copy_x(i, stage * STEPS + step + 1);
-                else copy_x(i + share.stride, share.begin * STEPS);
+                if (step + 1 < STEPS || stage + 1 < share.end) copy_x(true, tokens, stage * STEPS + step + 1);
+                else copy_x(more, next.tokens, share.begin * STEPS);
                 const u32 to = share.decoded(step) + row * 128;
 #pragma unroll
                 for (u32 c = 0; c < 8; ++c) {
