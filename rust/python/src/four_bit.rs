@@ -375,7 +375,7 @@ pub(crate) fn matmul_4bit_large(
     let absmax = scales.device();
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
     unsafe {
-        four_bit::cuda::matmul_large(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out, choice)
+        four_bit::cuda::matmul_by_large(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out, choice)
     }
     .map_err(raise)
 }

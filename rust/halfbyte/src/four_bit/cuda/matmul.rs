@@ -152,7 +152,7 @@ fn check_columns(n: usize, k: usize) -> Result<()> {
 /// # Safety
 /// As [`matmul`].
 #[doc(hidden)]
-pub unsafe fn matmul_large(
+pub unsafe fn matmul_by_large(
     stream: &Stream,
     dtype: Dtype,
     x: Pointer,

@@ -13,7 +13,7 @@ mod search;
 pub use elementwise::{dequantize, quantize};
 pub use experts::{clear_rows, matmul_experts, route_experts};
 pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
-pub use matmul::{fused, matmul, matmul_large};
+pub use matmul::{fused, matmul, matmul_by_large};
 pub use matmul_large::LargeChoice;
 pub use search::{encode, quantize_search};
 
