@@ -1,4 +1,4 @@
-"""Products of many rows by the kernel that is made for them, whatever the dispatch says: each of its forms, on ragged shapes."""
+"""Products of many rows by the kernel made for them, whatever the dispatch says: each form, on ragged shapes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@
 // In the first form weights go from packed bytes into A operands in registers: a warpgroup decodes its next step while the tensor cores
 // have the last one, or the other warpgroup's. In the second the multiplying warps do nothing but multiply, from shared memory.
 //
-// Decoding is one look-up a byte: the pair of f16 values (times a gain with which they round well) of byte b for a lane is at
+// Decoding is one look-up a byte: the pair of 16-bit values (times a gain with which they round well) of byte b for a lane is at
 // 64 K + 256 · b + 4 · lane, so that one byte permutation makes the address and every lane has a bank of its own. Two values become
 // floats, are multiplied with the block's scale, and are rounded together. Packed weights lie in the table's gaps, a row's 128 bytes of
 // a stage in each, 16-byte pieces swizzled.
@@ -174,7 +174,7 @@ DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i =
 
 // Two weights. `selector` takes a byte of `four` into bits 8 … 15 of `table`, which is where the table is for this lane.
 DEVICE u32 weights_of(u32 four, u32 selector, u32 table, float scale) {
-    const float2 values = halves(look_up(__byte_perm(four, table, selector)));
+    const float2 values = values_of<ELEMENT>(look_up(__byte_perm(four, table, selector)));
     return pack<ELEMENT>(values.x * scale, values.y * scale);
 }
 constexpr u32 SELECTOR = 0x7604;  // with the byte's number in bits 4 … 7
@@ -471,7 +471,7 @@ struct Multiplier {
 
 KERNEL __launch_bounds__(THREADS, 1)
     matmul_4bit_large(const __grid_constant__ TensorMap x, u64 values0, u64 values1, u64 values2, u64 values3,
-                      const __grid_constant__ Problem problem) {  // boxes of TOKENS × 64; values in f16
+                      const __grid_constant__ Problem problem) {  // boxes of TOKENS × 64; values as values_of has them
     extern __shared__ __align__(1024) u8 dynamic[];
     const Problem& p = problem;
     const Values values{{values0, values1, values2, values3}};

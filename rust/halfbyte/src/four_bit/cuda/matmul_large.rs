@@ -75,8 +75,7 @@ pub(super) unsafe fn launch(
         return Err(Error::value("choice", "tiles and splits that there are", format!("{choice:?}")));
     };
     let size = &SIZES[plan.size];
-    // The kernel's values are f16, whatever the activations are.
-    let (values, gain) = mma_values(kind, Dtype::F16);
+    let (values, gain) = values(kind, dtype);
     let (scales, nested, map, offset, nested_shift) = piece.absmax.parts();
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let problem = [
@@ -97,6 +96,24 @@ pub(super) unsafe fn launch(
     let mut arguments = values.into_iter().fold(arguments, Arguments::u64).block(&problem);
     // SAFETY: the arguments are those of `matmul_4bit_large`; the caller vouches for the pointers.
     unsafe { size.kernels[dtype_index(dtype)].launch(stream, plan.launch, &mut arguments) }
+}
+
+/// A code's values as the kernel's table has them, and the gain that they were multiplied with: f16 where weights become bf16; for
+/// f16 weights, which are rounded as finely as that, integers around 32768. FP4 is exact in both.
+fn values(kind: Kind, dtype: Dtype) -> ([u64; 4], f32) {
+    if dtype != Dtype::F16 {
+        return mma_values(kind, Dtype::F16);
+    }
+    let gain = match kind {
+        Kind::Nf4 => 32767.0,
+        Kind::Fp4 => 12.0 * 2048.0,
+    };
+    let mut words = [0; 4];
+    for (i, value) in kind.values().iter().enumerate() {
+        let integer = (value * gain).round() as i64 + 32768;
+        words[i / 4] |= (integer as u64) << (i % 4 * 16);
+    }
+    (words, gain)
 }
 
 /// Loads the images for an activation type, where the kernel is in use.
@@ -199,6 +216,18 @@ mod tests {
                         assert_eq!(plan.size == 2, shared);
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn values_are_near_the_codes() {
+        for kind in [Kind::Nf4, Kind::Fp4] {
+            let (words, gain) = values(kind, Dtype::F16);
+            for (i, value) in kind.values().iter().enumerate() {
+                let integer = (words[i / 4] >> (i % 4 * 16) & 0xffff) as i32;
+                let error = ((integer - 32768) as f32 / gain - value).abs();
+                assert!(error < if kind == Kind::Fp4 { 1e-7 } else { 1.6e-5 }, "{kind:?} {i}: {error}");
             }
         }
     }
