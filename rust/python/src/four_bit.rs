@@ -309,7 +309,10 @@ pub(crate) fn matmul(
     Ok(true)
 }
 
-/// Type, place and (M, N, K) of a product whose tensors all fit together.
+/// Type, place and (M, N, K).
+type Product = (Dtype, Place, (usize, usize, usize));
+
+/// What a product is, whose tensors all fit together.
 fn check_product(
     x: &TensorRef,
     packed: &TensorRef,
@@ -317,7 +320,7 @@ fn check_product(
     bias: Option<&TensorRef>,
     out: &TensorRef,
     blocksize: usize,
-) -> Result<(Dtype, Place, (usize, usize, usize)), Error> {
+) -> Result<Product, Error> {
     check_four_bit_block(blocksize)?;
     let dtype = x.float()?;
     let place = x.place()?;
