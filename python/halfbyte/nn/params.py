@@ -257,8 +257,9 @@ class Params4bit(torch.nn.Parameter):
 
     def like(self, data: Tensor, **changes: Any) -> Params4bit:
         """Return a parameter of this kind around `data`, with attributes of this one except for `changes`."""
-        requires_grad = self.requires_grad and data.is_floating_point()
-        return type(self)(data, requires_grad=requires_grad, **{**self.__dict__, **changes})
+        # accelerate's init_empty_weights leaves a "requires_grad" in __dict__.
+        changes["requires_grad"] = self.requires_grad and data.is_floating_point()
+        return type(self)(data, **{**self.__dict__, **changes})
 
     # ---- copies
 
@@ -275,7 +276,7 @@ class Params4bit(torch.nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Everything goes into the state, which is pickled after self is known: module and weight refer to each other.
-        return _rebuild, (type(self),), self.__getstate__()
+        return _rebuild, (type(self), self.is_meta), self.__getstate__()
 
     def __copy__(self) -> Params4bit:
         return self.like(self.data)
@@ -333,8 +334,8 @@ _PIECES = (torch.chunk, Tensor.chunk, torch.split, Tensor.split)
 ops.PLAIN_TENSORS.add(Params4bit)
 
 
-def _rebuild(cls: type[Params4bit]) -> Params4bit:
-    return cls()
+def _rebuild(cls: type[Params4bit], on_meta: bool = False) -> Params4bit:
+    return cls(torch.empty(0, device="meta" if on_meta else "cpu"))
 
 
 def check_packed(data: Tensor, state: QuantState, key: str = "weight") -> None:
