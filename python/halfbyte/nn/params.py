@@ -150,8 +150,7 @@ class Params4bit(torch.nn.Parameter):
             module=module,
             bnb_quantized=True,
         )
-        if module is not None:
-            module.quant_state = state
+        describe(module, state, self.quant_storage)
         return self
 
     # Module.to() and its kin end in `parameter.data = moved`, which must bring the moved state along.
@@ -169,8 +168,8 @@ class Params4bit(torch.nn.Parameter):
 
     def _take(self, other: Params4bit) -> None:
         self.__dict__.update({k: v for k, v in other.__dict__.items() if k != "module"})
-        if self.module is not None and other.quant_state is not None:
-            self.module.quant_state = other.quant_state
+        if other.quant_state is not None:
+            describe(self.module, other.quant_state, other.quant_storage)
 
     # ---- moving
 
@@ -252,8 +251,7 @@ class Params4bit(torch.nn.Parameter):
         self.compress_statistics = state.nested
         self.quant_storage = packed.dtype
         self.bnb_quantized = True
-        if self.module is not None:
-            self.module.quant_state = state
+        describe(self.module, state, self.quant_storage)
 
     def like(self, data: Tensor, **changes: Any) -> Params4bit:
         """Return a parameter of this kind around `data`, with attributes of this one except for `changes`."""
@@ -336,6 +334,12 @@ ops.PLAIN_TENSORS.add(Params4bit)
 
 def _rebuild(cls: type[Params4bit], on_meta: bool = False) -> Params4bit:
     return cls(torch.empty(0, device="meta" if on_meta else "cpu"))
+
+
+def describe(module: Any, state: QuantState, storage: torch.dtype) -> None:
+    """Tell the layer of a packed weight, if there is one, what FSDP makes the weight itself forget."""
+    if module is not None:
+        module.quant_state, module.quant_storage = state, storage
 
 
 def check_packed(data: Tensor, state: QuantState, key: str = "weight") -> None:
