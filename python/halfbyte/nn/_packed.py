@@ -45,6 +45,11 @@ class PackedWeight(nn.Module):
                 f"{type(self).__name__}.weight: expected packed bytes as {self.quant_storage}, got {weight.dtype}: "
                 "a cast destroys them. Let the param_dtype of FSDP's MixedPrecision be quant_storage"
             )
+        if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_batchedtensor(weight):
+            raise ArgumentError(
+                f"{type(self).__name__}.weight: expected one packed weight, got a batch of them by vmap, and scales of "
+                "one. Map over activations, or call each model"
+            )
         if isinstance(weight, Params4bit) and not torch.compiler.is_dynamo_compiling():
             weight.quant_state = state
         return state
