@@ -113,9 +113,10 @@ def test_skipped_modules_and_modules_in_fp32(config):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is there, and accelerate takes it")
+@pytest.mark.parametrize("device_map", [None, "auto", "sequential"])
 @pytest.mark.parametrize("config", [four, eight])
-def test_without_a_device_map_and_a_gpu_everything_is_on_the_cpu(config):
-    model = load_and_quantize_model(empty(), config(), weights_location=str(MODEL))
+def test_without_a_gpu_everything_is_on_the_cpu(config, device_map):
+    model = load_and_quantize_model(empty(), config(), weights_location=str(MODEL), device_map=device_map)
     assert len(quantized(model)) == LAYERS and {p.device.type for p in model.parameters()} == {"cpu"}
     assert torch.equal(logits(model.eval()), logits(load(config())))
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Modules that bind the function at their import, some of them before this is.
 _WITH_SETTER = ("accelerate.utils", "accelerate.utils.bnb", "accelerate.utils.modeling", "accelerate.hooks")
 
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 def register() -> None:
     """Have accelerate quantize on the CPU where there is nothing else. May be called any number of times."""
@@ -42,7 +44,7 @@ def _choose_device_map(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def choose(model: Any, config: Any, device_map: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not torch.accelerator.is_available():
-            if device_map is None:
+            if device_map is None or (device_map in _AUTOMATIC and kwargs.get("max_memory") is None):
                 return {"": "cpu"}
             if isinstance(device_map, dict) and {str(device) for device in device_map.values()} == {"cpu"}:
                 return dict.fromkeys(device_map, "cpu")
