@@ -9,10 +9,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardedStateDictConfig,
+    StateDictType,
+    fully_shard,
+)
 
 import halfbyte
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import ArgumentError, CheckpointError
 from halfbyte.nn import Experts4bit
 from halfbyte.nn.sharded import Shard4bit
 
@@ -113,6 +122,101 @@ def experts(mesh):
         assert all(same(got[key], entries[key]) for key in entries)
     set_model_state_dict(model, entries, options=WHOLE)
     assert torch.equal(model(x, index, weights), reference(x, index, weights))
+
+
+class Adapted(nn.Module):
+    """A frozen 4-bit layer with a trained bypass, as QLoRA has it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.base = halfbyte.nn.LinearNF4(64, 64, bias=False, **options)
+        self.down, self.up = nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)
+
+    def forward(self, x):
+        return nn.functional.silu(self.base(x) + self.up(self.down(x)))
+
+
+def adapted(seed, double=True, storage=torch.bfloat16):
+    torch.manual_seed(seed)
+    layers = [Adapted(compress_statistics=double, quant_storage=storage) for _ in range(2)]
+    return nn.Sequential(*layers).to(torch.bfloat16).to(DEVICE)
+
+
+def flattened(model, use_orig_params=True, **options):
+    """Split by FSDP1, which flattens the parameters of a block into one: bytes and bf16 numbers alike."""
+
+    def policy(module, recurse, nonwrapped_numel):
+        # Without the original parameters, those of one block must be trained all or none.
+        return recurse or isinstance(module, Adapted) or (not use_orig_params and type(module) is nn.Linear)
+
+    device = torch.device(DEVICE, RANK) if DEVICE == "cuda" else torch.device("cpu")
+    options |= {"sync_module_states": DEVICE == "cuda", "use_orig_params": use_orig_params}
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=device, **options)
+
+
+def fsdp1(mesh):
+    """FullyShardedDataParallel: a step, whole and sharded state dicts saved, and others loaded."""
+    bf16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    # On the CPU torch (2.13) frees what it would copy to the CPU before it does.
+    whole = FullStateDictConfig(offload_to_cpu=DEVICE == "cuda", rank0_only=DEVICE == "cuda")
+    for original, double, policy in ((True, True, bf16), (True, False, None), (False, True, None)):
+        reference, other = adapted(0, double), adapted(1, double)
+        entries = {key: value.clone() for key, value in reference.state_dict().items()}
+        model = flattened(adapted(0, double), original, mixed_precision=policy)
+        torch.manual_seed(RANK)
+        x = torch.randn(5, 64, device=DEVICE, dtype=torch.bfloat16)
+        loss = model(x).float().square().sum()
+        assert torch.equal(loss, reference(x).float().square().sum())
+        loss.backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, whole):
+            saved = model.state_dict()
+        if RANK == 0:
+            assert saved.keys() == entries.keys()
+            # Packed bytes and scales are as they were, whatever is trained.
+            assert all(same(saved[key], entries[key]) == (".base." in key) for key in entries)
+        after = model(x)
+        if RANK == 0:
+            reference.load_state_dict(saved)
+            assert torch.equal(reference(x), after)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+            model.load_state_dict(other.state_dict())
+        for _ in range(2):
+            assert torch.equal(model(x), other(x))
+        third = flattened(adapted(2, double), original)
+        sharded = StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig()
+        with FullyShardedDataParallel.state_dict_type(third, *sharded):
+            pieces_of_third = third.state_dict()
+        with FullyShardedDataParallel.state_dict_type(model, *sharded):
+            model.load_state_dict(pieces_of_third)
+        assert torch.equal(model(x), adapted(2, double)(x))
+        if original:
+            got = get_model_state_dict(model, options=WHOLE)
+            wanted = adapted(2, double).state_dict()
+            assert RANK or (got.keys() == wanted.keys() and all(same(got[key], wanted[key]) for key in wanted))
+            set_model_state_dict(model, entries, options=WHOLE)
+            assert torch.equal(model(x), adapted(0, double)(x))
+
+
+def fsdp1_refused(mesh):
+    """What would make other numbers of the bytes, or takes no bytes of this form."""
+    model = flattened(adapted(0), mixed_precision=MixedPrecision(param_dtype=torch.float16))
+    try:
+        model(torch.randn(5, 64, device=DEVICE, dtype=torch.bfloat16))
+    except ArgumentError as error:
+        assert "float16" in str(error) and "quant_storage" in str(error)
+    else:
+        raise AssertionError("took bytes that were cast")
+    model, other = flattened(adapted(0)), adapted(0, storage=torch.float16)
+    # torch (2.13) ends a process with an abort where loading fails before the first call, of any model.
+    model(torch.randn(5, 64, device=DEVICE, dtype=torch.bfloat16))
+    try:
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+            model.load_state_dict(other.state_dict())
+    except CheckpointError as error:
+        assert "base.weight" in str(error) and "float16" in str(error)
+    else:
+        raise AssertionError("took a checkpoint of another form")
 
 
 def save(mesh):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import halfbyte as hb
-from halfbyte.errors import ArgumentError, DtypeError, HalfbyteError, ShapeError
+from halfbyte.errors import ArgumentError, DtypeError, ShapeError
 from halfbyte.integrations._bitsandbytes_ops import type_of_code
 
 F = hb.functional
@@ -163,12 +163,3 @@ def test_it_compiles_whole(bnb, device):
     torch.testing.assert_close(y, product(x))
     y.sum().backward()
     assert x.grad is not None
-
-
-def test_what_this_version_does_not_have_says_so(bnb):
-    from halfbyte.integrations._late import find
-
-    if find("int8_vectorwise_quant") is not None:
-        pytest.skip("it has it")
-    with pytest.raises(HalfbyteError, match="int8_vectorwise_quant: this version of halfbyte does not have it"):
-        bnb.int8_vectorwise_quant(torch.zeros(2, 2))

@@ -24,6 +24,8 @@ transformers = pytest.importorskip("transformers")
 
 hb.replace_bitsandbytes()
 
+import bnb_models  # noqa: E402  # here it loads with halfbyte
+
 SCHEMES = [
     (kind, double, storage, shard)
     for kind in ("nf4", "fp4")
@@ -58,7 +60,9 @@ def ask(requests, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of each scheme what bitsandbytes saves (``theirs``), what the command writes, and its answers to both."""
+    """What of each scheme bitsandbytes saves (``theirs``), what the command writes, and what transformers on halfbyte
+    makes of ``theirs`` (``again``) and of the float model (``flight``); and bitsandbytes' answers to the first three.
+    """
     found = ask_oracle("where")
     if found.returncode or "halfbyte" in json.loads(found.stdout.splitlines()[-1])["file"]:
         pytest.skip("no real bitsandbytes: install it, or name its folder in HALFBYTE_BITSANDBYTES_PATH")
@@ -70,11 +74,21 @@ def folder(tmp_path_factory):
         place = {"source": str(MODEL), "destination": str(folder / f"theirs-{name}")}
         options = dict(zip(("kind", "double", "storage", "shard"), scheme, strict=True))
         requests.append({"op": "save", **place, **options})
-        requests += [
-            {"op": "answer", "path": str(folder / f"{whose}-{name}"), "out": str(folder / f"{whose}-{name}.answer")}
-            for whose in ("ours", "theirs")
-        ]
     ask(requests, folder)
+    for (kind, double, storage, shard), name in zip(SCHEMES, IDS, strict=True):
+        other_shard = {"5GB": "2MB", "2MB": "5GB"}[shard]
+        model = bnb_models.load(str(folder / f"theirs-{name}"))
+        model.save_pretrained(folder / f"again-{name}", max_shard_size=other_shard)
+        model = bnb_models.load(str(MODEL), kind, double, storage)
+        model.save_pretrained(folder / f"flight-{name}", max_shard_size=shard)
+    ask(
+        [
+            {"op": "answer", "path": str(folder / f"{whose}-{name}"), "out": str(folder / f"{whose}-{name}.answer")}
+            for name in IDS
+            for whose in ("ours", "theirs", "again")
+        ],
+        folder,
+    )
     return folder
 
 
@@ -98,6 +112,26 @@ def test_bitsandbytes_reads_what_the_command_writes(folder, name):
     answers = [load_file(folder / f"{whose}-{name}.answer") for whose in ("ours", "theirs")]
     assert_same(*answers)
     assert answers[0]["logits"].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IDS)
+def test_transformers_on_halfbyte_saves_again_what_bitsandbytes_saved(folder, name):
+    assert_same(tensors_of(folder / f"again-{name}"), tensors_of(folder / f"theirs-{name}"))
+    sharded = [(folder / f"{whose}-{name}/model.safetensors.index.json").exists() for whose in ("again", "theirs")]
+    assert sorted(sharded) == [False, True]
+    # And back: what bitsandbytes decodes and computes is the same.
+    assert_same(load_file(folder / f"again-{name}.answer"), load_file(folder / f"theirs-{name}.answer"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IDS)
+def test_transformers_on_halfbyte_quantizes_to_the_files_of_bitsandbytes(folder, name):
+    ours, theirs = folder / f"flight-{name}", folder / f"theirs-{name}"
+    assert [file.name for file in sorted(ours.iterdir())] == [file.name for file in sorted(theirs.iterdir())]
+    assert_same(tensors_of(ours), tensors_of(theirs))
+    configs = [json.loads((path / "config.json").read_text())["quantization_config"] for path in (ours, theirs)]
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallelism: processes that hold a piece of each 4-bit parameter do as one does."""
+"""FSDP and tensor parallelism: processes that hold a piece of each 4-bit parameter do as one does."""
 
 import os
 import socket
@@ -53,6 +53,11 @@ def test_two_processes(tmp_path, device):
     pytest.importorskip("peft")
     run("pieces,refused,experts,train,tensor_parallel,save,read,offloaded", 2, tmp_path, device)
     run("read", 1, tmp_path, device)  # the same checkpoint, by one
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_processes_of_fsdp1(tmp_path, device):
+    run("fsdp1,fsdp1_refused", 2, tmp_path, device)
 
 
 def test_three_processes(tmp_path):

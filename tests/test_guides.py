@@ -23,9 +23,7 @@ GUIDES = Path(__file__).parent / "guides"
 MODEL = Path(__file__).parent / "models" / "pycode-llama-7m"
 PACKAGE = Path(halfbyte.__file__).parents[1]
 VERSIONS = ["", *filter(None, os.environ.get("HALFBYTE_TRANSFORMERS_PATHS", "").split(":"))]
-NAMES = ["load_in_4bit", "qlora", "custom_model"]
-if hasattr(halfbyte.nn, "Linear8bitLt"):
-    NAMES.append("load_in_8bit")
+NAMES = ["load_in_4bit", "load_in_8bit", "qlora", "custom_model", "accelerate_quantization"]
 if importlib.util.find_spec("trl") is not None:
     NAMES.append("sft")
 
@@ -82,6 +80,13 @@ def test_loading_in_8_bits(printed):
     assert float(words["footprint"]) < 0.7
     assert "return" in ast.literal_eval(words["written"])
     assert words["reloaded"] == "True"
+
+
+def test_accelerates_own_loader(printed):
+    words = printed("accelerate_quantization")
+    assert "return" in ast.literal_eval(words["written"])
+    assert words["reloaded"] == "True"
+    assert "return" in ast.literal_eval(words["in_4_bits"])
 
 
 def test_qlora_with_trainer(printed):

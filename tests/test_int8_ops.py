@@ -238,6 +238,8 @@ def test_opcheck(device):
     check(OPS.int8_linear_grad_input.default, (OPS.int8_linear(x, codes, stats), codes, stats))
     check(OPS.int8_vectorwise_dequant.default, (codes, stats))
     check(OPS.int8_linear_matmul.default, (codes, codes))
+    for exact_gradient in (False, True):
+        check(OPS.int8_weight_gradient.default, (x, x, 2.0, exact_gradient))
     out = torch.empty(12, 12, dtype=torch.int32, device=device)
     check(OPS.int8_linear_matmul.out, (codes, codes, out))
     check(OPS.int8_scaled_mm.default, (codes, codes, stats, stats, bias.detach(), torch.bfloat16))

@@ -52,12 +52,13 @@ def float_model(kind, folder, **sizes):
     return folder
 
 
-def bitsandbytes_config(double=True):
+def bitsandbytes_config(double=True, kind="nf4", storage="uint8"):
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=storage,
     )
 
 
@@ -202,16 +203,21 @@ def test_experts_whose_blocks_span_projections_are_saved_stacked(tmp_path):
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
 
 
-def one_by_one(folder, target, double, quantize):
+FORMS = [
+    (kind, double, storage) for kind in ("nf4", "fp4") for double in (False, True) for storage in ("uint8", "bfloat16")
+]
+
+
+def one_by_one(folder, target, quantize, kind="nf4", double=False, storage="uint8"):
     """Write a checkpoint as transformers 4 had it: each expert's projections as quantized linear layers."""
     target.mkdir()
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = bitsandbytes_config(double).to_dict()
+    config["quantization_config"] = bitsandbytes_config(double, kind, storage).to_dict()
     (target / "config.json").write_text(json.dumps(config))
     saved, dense = {}, {}
     for key, value in entries(folder).items():
         if ".mlp.experts." in key or "_proj.weight" in key:
-            saved[key], more, dense[key] = quantize(value, double)
+            saved[key], more, dense[key] = quantize(value, kind, double, storage)
             saved |= {f"{key}.{name}": entry for name, entry in more.items()}
         else:
             saved[key] = value
@@ -219,15 +225,16 @@ def one_by_one(folder, target, double, quantize):
     return dense
 
 
-def ours(value, double):
-    packed, state = F.quantize_4bit(value, quant_type="nf4", compress_statistics=double)
+def ours(value, kind, double, storage):
+    options = {"quant_type": kind, "compress_statistics": double, "quant_storage": getattr(torch, storage)}
+    packed, state = F.quantize_4bit(value, **options)
     return packed, state.as_dict(packed=True), F.dequantize_4bit(packed, state)
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_files_from_before_transformers_5(tmp_path, double):
+@pytest.mark.parametrize(("kind", "double", "storage"), FORMS)
+def test_files_from_before_transformers_5(tmp_path, kind, double, storage):
     folder = float_model("qwen3_moe", tmp_path / "float")
-    dense = one_by_one(folder, tmp_path / "old", double, ours)
+    dense = one_by_one(folder, tmp_path / "old", ours, kind, double, storage)
     model = load(tmp_path / "old")
     assert len(experts_of(model)) == 2
     for layer, experts in enumerate(experts_of(model)):
@@ -247,7 +254,7 @@ def test_an_expert_without_scales_is_refused(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "disabled", False)
     caplog.set_level(logging.INFO, logger="transformers")
     folder = float_model("qwen3_moe", tmp_path / "float")
-    one_by_one(folder, tmp_path / "old", False, ours)
+    one_by_one(folder, tmp_path / "old", ours)
     saved = entries(tmp_path / "old")
     del saved["model.layers.0.mlp.experts.5.up_proj.weight.absmax"]
     safetensors_torch.save_file(saved, tmp_path / "old" / "model.safetensors", {"format": "pt"})
@@ -257,8 +264,8 @@ def test_an_expert_without_scales_is_refused(tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.skipif("HALFBYTE_BITSANDBYTES_PATH" not in os.environ, reason="HALFBYTE_BITSANDBYTES_PATH is not set")
-@pytest.mark.parametrize("double", [False, True])
-def test_old_files_of_the_real_bitsandbytes(tmp_path, double):
+@pytest.mark.parametrize(("kind", "double", "storage"), FORMS)
+def test_old_files_of_the_real_bitsandbytes(tmp_path, kind, double, storage):
     """Its own experts, one by one, in; the same bytes out, and decoded to the same weights by it."""
     # Rows of a block or more: of shorter ones, bitsandbytes' CPU code decodes all but the first wrongly.
     folder = float_model("qwen3_moe", tmp_path / "float", moe_intermediate_size=64)
@@ -266,10 +273,11 @@ def test_old_files_of_the_real_bitsandbytes(tmp_path, double):
 import sys, torch, bitsandbytes
 from safetensors.torch import load_file, save_file
 assert "halfbyte" not in sys.modules
-source, target, double = sys.argv[1:]
+source, target, kind, double, storage = sys.argv[1:]
+options = {"quant_type": kind, "compress_statistics": double == "True", "quant_storage": getattr(torch, storage)}
 done = {}
 for key, value in load_file(source).items():
-    packed, state = bitsandbytes.functional.quantize_4bit(value, quant_type="nf4", compress_statistics=double == "True")
+    packed, state = bitsandbytes.functional.quantize_4bit(value, **options)
     done[key] = packed
     done |= {f"{key}.{name}": entry.clone() for name, entry in state.as_dict(packed=True).items()}
     done["dense:" + key] = bitsandbytes.functional.dequantize_4bit(packed, state)
@@ -284,24 +292,28 @@ save_file(done, target)
         code,
         tmp_path / "weights.safetensors",
         tmp_path / "theirs.safetensors",
+        kind,
         str(double),
+        storage,
     ]
     subprocess.run(command, check=True, env=env, timeout=240)
     theirs = safetensors_torch.load_file(tmp_path / "theirs.safetensors")
     keys = iter(weights)
 
-    def quantize(value, double):
+    def quantize(value, *form):
+        assert form == (kind, double, storage)
         key = next(keys)
         assert torch.equal(weights[key], value)
         more = {k.removeprefix(f"{key}."): v for k, v in theirs.items() if k.startswith(f"{key}.")}
         return theirs[key], more, theirs["dense:" + key]
 
-    dense = one_by_one(folder, tmp_path / "old", double, quantize)
+    dense = one_by_one(folder, tmp_path / "old", quantize, kind, double, storage)
     model = load(tmp_path / "old")
     state = experts_of(model)[1].down_proj
     stack = F.dequantize_4bit(state.data, state.quant_state)
     assert all(torch.equal(stack[e], dense[f"model.layers.1.mlp.experts.{e}.down_proj.weight"]) for e in range(8))
-    model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     assert_same(entries(tmp_path / "old"), entries(tmp_path / "again"))
 
 

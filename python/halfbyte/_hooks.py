@@ -30,9 +30,19 @@ def _prepare_peft() -> None:
         register()
 
 
+def _prepare_accelerate() -> None:
+    try:
+        from halfbyte.integrations.accelerate import register
+    except ImportError as error:
+        warnings.warn(f"halfbyte: this accelerate may quantize models on GPUs only: {error}", stacklevel=2)
+    else:
+        register()
+
+
 _ACTIONS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _prepare_transformers,
     "peft.tuners.lora.model": _prepare_peft,
+    "accelerate.utils.bnb": _prepare_accelerate,
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _int8_ops as int8_ops
+from halfbyte import _transforms as transforms
 from halfbyte import ops
 from halfbyte._matmul import autocast_dtype
 from halfbyte._tables import FLOAT_DTYPES
@@ -181,6 +182,13 @@ def matmul_as_is(A: Tensor, B: Tensor, state: MatmulLtState, bias: Tensor | None
     if codes is None or stats is None:
         raise ArgumentError("state: expected the codes CB and the statistics SCB of a weight, got neither")
     dense = A.is_cpu and state.is_training
+    if not _compiling() and transforms.active():
+        if trained:
+            raise ArgumentError(
+                "B: expected a weight that needs no gradient under a transform of torch.func or with tangents, got one "
+                "that does; call it under torch.no_grad(), or make the layer with has_fp16_weights=False"
+            )
+        return _transformed(A, codes, stats, bias, None if dense else float(state.threshold))
     if trained:
         if A.dim() < 1 or A.shape[-1] != B.shape[1]:
             raise ShapeError(f"A: expected shape [..., {B.shape[1]}], got {list(A.shape)}")
@@ -200,6 +208,20 @@ def matmul_as_is(A: Tensor, B: Tensor, state: MatmulLtState, bias: Tensor | None
     return result
 
 
+def _transformed(A: Tensor, codes: Tensor, stats: Tensor, bias: Tensor | None, threshold: float | None) -> Tensor:
+    # The derivative is that of the layer with activations that are not quantized, as it is without a transform.
+    def dense(x: Tensor, addend: Tensor | None = None) -> Tensor:
+        return _called("int8_linear_dense", x, codes, stats, addend)  # type: ignore[no-any-return]
+
+    def quantizing(x: Tensor, addend: Tensor | None) -> Tensor:
+        return _called("int8_linear", x, codes, stats, addend, threshold)  # type: ignore[no-any-return]
+
+    product = dense if threshold is None else quantizing
+    return transforms.multiply(
+        A, bias, product, dense, lambda grad: _called("int8_linear_grad_input", grad, codes, stats)
+    )
+
+
 def _called(name: str, *arguments: Any) -> Any:
     return getattr(torch.ops.halfbyte, name).default(*arguments)
 
@@ -210,7 +232,7 @@ def quantize_weight(B: Tensor, state: MatmulLtState) -> None:
         raise DtypeError("B: expected a weight in floating point where the state has no codes, got torch.int8")
     ops.check_dtype("B", B.dtype)
     seen = None if _compiling() else (B.data_ptr(), B._version) if ops.is_eager(B.detach()) else None
-    fresh = state.is_training and getattr(B, "grad", None) is None
+    fresh = _compiling() or (state.is_training and getattr(B, "grad", None) is None)
     if state.CB is not None and state.SCB is not None and not fresh and seen == state.__dict__.get("_seen"):
         return
     state.reset_grads()
@@ -267,14 +289,14 @@ class _Trained(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
             rows = A.reshape(-1, A.shape[-1])
-            make = exact_weight_gradient if ctx.dense else weight_gradient
-            grad_B = make(flat, rows, ctx.threshold).to(ctx.weight_dtype)
+            make = _run_weight_gradient if ops.is_eager(flat) else torch.ops.halfbyte.int8_weight_gradient.default
+            grad_B = make(flat, rows, ctx.threshold, ctx.dense).to(ctx.weight_dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = flat.sum(0)
         return grad_A, grad_B, grad_bias, None, None, None, None
 
 
-def exact_weight_gradient(grad: Tensor, A: Tensor, threshold: float) -> Tensor:  # noqa: ARG001
+def exact_weight_gradient(grad: Tensor, A: Tensor) -> Tensor:
     """``gradᵀ @ A`` in floating point, ``[N, K]``."""
     dtype = ops._dense_dtype(grad)
     return torch.matmul(grad.to(dtype).t(), A.to(dtype)).to(grad.dtype)
@@ -293,8 +315,25 @@ def weight_gradient(grad: Tensor, A: Tensor, threshold: float) -> Tensor:
         columns = outliers.any(0).nonzero().view(-1)
         if len(columns):
             some = torch.where(outliers[:, columns], A[:, columns], 0)
-            product[:, columns] += exact_weight_gradient(grad.float(), some.float(), 0.0)
+            product[:, columns] += exact_weight_gradient(grad.float(), some.float())
     return product.to(grad.dtype)
+
+
+# An op, since its steps are not to be traced: they call the core, and look at the numbers for outliers.
+ops._define("int8_weight_gradient(Tensor grad, Tensor A, float threshold, bool exact) -> Tensor")
+
+
+def _run_weight_gradient(grad: Tensor, A: Tensor, threshold: float, exact: bool) -> Tensor:
+    return exact_weight_gradient(grad, A) if exact else weight_gradient(grad, A, threshold)
+
+
+def _fake_weight_gradient(grad: Tensor, A: Tensor, threshold: float, exact: bool) -> Tensor:  # noqa: ARG001
+    return grad.new_empty((grad.shape[1], A.shape[1]))
+
+
+for _device in ("CPU", "CUDA"):
+    ops._library.impl("int8_weight_gradient", _run_weight_gradient, _device)  # type: ignore[no-untyped-call]
+torch.library.register_fake("halfbyte::int8_weight_gradient", _fake_weight_gradient, lib=ops._library)
 
 
 # ---- bitsandbytes' functions

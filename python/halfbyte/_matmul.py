@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _native, ops
+from halfbyte import _transforms as transforms
 from halfbyte._interop import giver_back, to_torch
 from halfbyte._tables import FLOAT_DTYPES, NESTED_BLOCKSIZE
 from halfbyte.errors import ArgumentError, DeviceError, DtypeError, ShapeError
@@ -149,12 +150,25 @@ def matmul_as_is(A: Tensor, B: Tensor, state: QuantState, out: Tensor | None, bi
         )
         return _written(product if bias is None else product + bias, out)
     arguments: list[Any] = [A, B, (n, k), absmax, blocksize, quant_type, bias, *nested]
+    if not _compiling() and transforms.active():
+        return _written(_transformed(arguments), out)
     needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
     if needs_grad or not ops.is_eager(A) or type(B) not in _plain:
         return _written(torch.ops.halfbyte.matmul_4bit.default(*arguments), out)
     if out is not None and _is_place_for(out, A, n):
         arguments.append(out)
     return _written(ops.run_matmul_4bit(*arguments), out)
+
+
+def _transformed(arguments: list[Any]) -> Tensor:
+    A, B, shape, absmax, blocksize, quant_type, bias, *nested = arguments
+    forth, back = torch.ops.halfbyte.matmul_4bit.default, torch.ops.halfbyte.matmul_4bit_grad_input.default
+    weight = (B, shape, absmax, blocksize, quant_type)
+
+    def product(x: Tensor, addend: Tensor | None = None) -> Tensor:
+        return forth(x, *weight, addend, *nested)  # type: ignore[no-any-return]
+
+    return transforms.multiply(A, bias, product, product, lambda grad: back(grad, *weight, *nested))
 
 
 def _is_place_for(out: Tensor, A: Tensor, n: int) -> bool:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from halfbyte import _native
 from halfbyte._tables import BLOCK_SIZES, FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_TYPES, STORAGE_DTYPES
@@ -63,6 +64,7 @@ def is_eager(tensor: Tensor) -> bool:
         and (tensor.is_cuda or tensor.is_cpu)
         and _dispatch_modes() == 0
         and not _functorch_active()
+        and forward_ad._current_level < 0
         and _tracing_state() is None
     )
 

@@ -53,6 +53,7 @@ trainer = Trainer(
         per_device_train_batch_size=4,
         max_steps=12,
         learning_rate=5e-3,
+        optim="paged_adamw_8bit",
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",

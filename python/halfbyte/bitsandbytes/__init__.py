@@ -13,7 +13,7 @@ from halfbyte._dropin import SERVED_VERSION as __version__
 
 from . import _ops as _ops
 from . import autograd, cextension, consts, cuda_specs, functional, nn, optim, utils
-from ._late import attributes
+from ._absent import absent
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
 from .optim import adam
@@ -42,4 +42,4 @@ __all__ = [
     "utils",
 ]
 
-__getattr__ = attributes("bitsandbytes", frozenset())
+__getattr__ = absent("bitsandbytes")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from halfbyte._optimizer_update import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from halfbyte.errors import DeviceError
 from halfbyte.functional import (
     QuantState,
@@ -22,41 +23,30 @@ from halfbyte.functional import (
     dequantize_nf4,
     gemv_4bit,
     get_4bit_type,
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mm_dequant,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
     quantize_4bit,
     quantize_blockwise,
     quantize_fp4,
     quantize_nf4,
 )
+from halfbyte.optim._pages import GlobalPageManager, fill, get_paged, prefetch_tensor
 
-from ._late import attributes
+from ._absent import absent
 from .cextension import lib
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LATE = frozenset(
-    {
-        "GlobalPageManager",
-        "elementwise_func",
-        "fill",
-        "get_paged",
-        "int8_double_quant",
-        "int8_linear_matmul",
-        "int8_mm_dequant",
-        "int8_vectorwise_dequant",
-        "int8_vectorwise_quant",
-        "optimizer_update_32bit",
-        "optimizer_update_8bit_blockwise",
-        "prefetch_tensor",
-    }
-)
-"""What is loaded when somebody asks for it."""
-
 __all__ = [
     "FIRST_CUDA_DEVICE",
     "C",
     "CUBLAS_Context",
+    "GlobalPageManager",
     "QuantState",
     "create_dynamic_map",
     "create_fp8_map",
@@ -66,14 +56,24 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "fill",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
     "get_ptr",
     "has_avx512bf16",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "is_on_gpu",
     "lib",
     "name2qmap",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "prefetch_tensor",
     "prod",
     "quantize_4bit",
     "quantize_blockwise",
@@ -90,7 +90,7 @@ FIRST_CUDA_DEVICE = torch.device("cuda", index=0)
 name2qmap: dict[str, Tensor] = {}
 """Maps of 8-bit optimizers by name; they fill it."""
 
-__getattr__ = attributes("bitsandbytes.functional", LATE)
+__getattr__ = absent("bitsandbytes.functional")
 
 
 class CUBLAS_Context:

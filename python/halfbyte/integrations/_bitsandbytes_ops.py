@@ -13,10 +13,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from halfbyte import functional as F
 from halfbyte import ops
+from halfbyte._optimizer_update import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from halfbyte._tables import NESTED_BLOCKSIZE, QUANT_TYPES, STORAGE_DTYPES, code_4bit
-from halfbyte.errors import ArgumentError, DtypeError, HalfbyteError, ShapeError
-from halfbyte.integrations._late import find
+from halfbyte.errors import ArgumentError, DtypeError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -165,44 +166,25 @@ def _write(out: Tensor, run: Callable[[Tensor], object]) -> None:
         out.copy_(place)
 
 
-# ---- LLM.int8() and optimizers: by their functions, where this version of halfbyte has them
-
-
-def _function(name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] | None = find(name)
-    if found is None:
-        raise HalfbyteError(f"{name}: this version of halfbyte does not have it")
-    return found
+# ---- LLM.int8() and optimizers: by their functions
 
 
 def _int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
-    product: Tensor = _function("int8_linear_matmul")(A, B)
-    return product
+    return F.int8_linear_matmul(A, B)
 
 
 def _int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
-    _function("int8_linear_matmul")(A, B, out=out)
-
-
-def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    result: tuple[Tensor, Tensor, Tensor | None] = _function("int8_vectorwise_quant")(A, threshold=threshold)
-    return result
-
-
-def _int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
-    result: Tensor = _function("int8_vectorwise_dequant")(A, stats)
-    return result
+    F.int8_linear_matmul(A, B, out=out)
 
 
 def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> Any:
-    return _function("int8_double_quant")(A, threshold=threshold)
+    return F.int8_double_quant(A, threshold=threshold)
 
 
 def _int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    result: Tensor = _function("int8_mm_dequant")(A, row_stats, col_stats, bias=bias)
-    return result.to(dtype or torch.float16)
+    return F.int8_mm_dequant(A, row_stats, col_stats, bias=bias).to(dtype or torch.float16)
 
 
 def _int8_scaled_mm(
@@ -230,7 +212,7 @@ def _int8_mixed_scaled_mm(
         return product, None
     part = A[:, outlier_cols].contiguous()
     if outlier_cols.numel():
-        weight = _int8_vectorwise_dequant(CB[:, outlier_cols].contiguous(), SCB).to(A.dtype)
+        weight = F.int8_vectorwise_dequant(CB[:, outlier_cols].contiguous(), SCB).to(A.dtype)
         product = product.addmm(part, weight.t())
     return product, part
 
@@ -248,7 +230,7 @@ def _optimizer_update_32bit(
     **more: Any,
 ) -> None:
     beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, *rest = rates
-    _function("optimizer_update_32bit")(
+    optimizer_update_32bit(
         optimizer_name,
         g,
         p,
@@ -269,12 +251,6 @@ def _optimizer_update_32bit(
     )
 
 
-def _optimizer_update_8bit_blockwise(
-    optimizer_name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, *rest: Any, **more: Any
-) -> None:
-    _function("optimizer_update_8bit_blockwise")(optimizer_name, g, p, state1, state2, *rest, **more)
-
-
 IMPLEMENTATIONS: Final[dict[str, Callable[..., Any]]] = {
     "quantize_4bit": ops.run_quantize_4bit,
     "dequantize_4bit": ops.run_dequantize_4bit,
@@ -291,16 +267,16 @@ IMPLEMENTATIONS: Final[dict[str, Callable[..., Any]]] = {
 BY_FUNCTION: Final[dict[str, Callable[..., Any]]] = {
     "int8_linear_matmul": _int8_linear_matmul,
     "int8_linear_matmul.out": _int8_linear_matmul_out,
-    "int8_vectorwise_quant": _int8_vectorwise_quant,
-    "int8_vectorwise_dequant": _int8_vectorwise_dequant,
+    "int8_vectorwise_quant": F.int8_vectorwise_quant,
+    "int8_vectorwise_dequant": F.int8_vectorwise_dequant,
     "int8_double_quant": _int8_double_quant,
     "int8_mm_dequant": _int8_mm_dequant,
     "int8_scaled_mm": _int8_scaled_mm,
     "int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
     "optimizer_update_32bit": _optimizer_update_32bit,
-    "optimizer_update_8bit_blockwise": _optimizer_update_8bit_blockwise,
+    "optimizer_update_8bit_blockwise": optimizer_update_8bit_blockwise,
 }
-"""Operations that a function of halfbyte does, where it is there."""
+"""LLM.int8() and optimizers."""
 
 # ---- fakes
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from halfbyte.errors import ArgumentError
+from halfbyte.errors import ArgumentError, CheckpointError
 from halfbyte.nn import sharded
 from halfbyte.nn.params import Params4bit, check_packed, take_packed
 from halfbyte.quant_state import QuantState
@@ -39,6 +39,16 @@ class PackedWeight(nn.Module):
             raise ArgumentError(
                 f"{type(self).__name__}.weight: not quantized yet; move the layer to a device first, "
                 f'layer.to("{"cpu" if weight.is_meta else weight.device}"), or load a quantized checkpoint'
+            )
+        if weight.dtype != self.quant_storage:
+            raise ArgumentError(
+                f"{type(self).__name__}.weight: expected packed bytes as {self.quant_storage}, got {weight.dtype}: "
+                "a cast destroys them. Let the param_dtype of FSDP's MixedPrecision be quant_storage"
+            )
+        if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_batchedtensor(weight):
+            raise ArgumentError(
+                f"{type(self).__name__}.weight: expected one packed weight, got a batch of them by vmap, and scales of "
+                "one. Map over activations, or call each model"
             )
         if isinstance(weight, Params4bit) and not torch.compiler.is_dynamo_compiling():
             weight.quant_state = state
@@ -134,13 +144,33 @@ class PackedWeight(nn.Module):
             )
             return
         packed = take_packed(data, state, device, assign)
-        if isinstance(old, Params4bit) and not old.is_meta and not assign:
+        if self._is_view_of_fsdp(old):
+            packed = self._write_through(packed, key)
+            if isinstance(old, Params4bit):
+                old.adopt(packed, state)
+        elif isinstance(old, Params4bit) and not old.is_meta and not assign:
             old.adopt(packed, state)
         else:
             self.weight = Params4bit(packed, module=self)
             self.weight.adopt(packed, state)
         self.quant_state = state
         self.quant_storage = packed.dtype
+
+    def _is_view_of_fsdp(self, weight: Any) -> bool:
+        """Whether `weight` is a view of the flat parameter of FullyShardedDataParallel, of the two kinds it makes."""
+        if isinstance(weight, Params4bit):
+            return getattr(weight, "_fsdp_flattened", False)
+        return self.quant_state is not None and weight.dim() == 2 and weight.shape[1] == 1 and not weight.is_meta
+
+    def _write_through(self, packed: Tensor, key: str) -> Tensor:
+        """Copy packed bytes to where FullyShardedDataParallel takes them from."""
+        held: Tensor = self.weight.data
+        if (held.shape, held.dtype) != (packed.shape, packed.dtype):
+            raise CheckpointError(
+                f"checkpoint entry `{key}`: expected packed bytes {list(held.shape)} of {held.dtype}, as FSDP holds "
+                f"them, got {list(packed.shape)} of {packed.dtype}"
+            )
+        return held.copy_(packed)
 
     def _load_dense(self, data: Tensor) -> None:
         template = self.weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from halfbyte import ops
 from halfbyte.nn._packed import PackedWeight
 from halfbyte.nn.params import Params4bit
+from halfbyte.optim import GlobalOptimManager
 from halfbyte.quant_state import QuantState
 
 logger = logging.getLogger("halfbyte.nn")
@@ -274,8 +274,4 @@ def _xavier(table: nn.Embedding) -> None:
 
 
 def _keep_state_in_32_bits(table: nn.Embedding) -> None:
-    try:
-        optim = importlib.import_module("halfbyte.optim")
-    except ModuleNotFoundError:  # no optimizers, nothing to tell them
-        return
-    optim.GlobalOptimManager.get_instance().register_module_override(table, "weight", {"optim_bits": 32})
+    GlobalOptimManager.get_instance().register_module_override(table, "weight", {"optim_bits": 32})

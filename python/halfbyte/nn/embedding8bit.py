@@ -51,12 +51,16 @@ class Embedding8bit(torch.nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.dtype = self.weight.dtype
         self.weight = Int8Params(self.weight.data, requires_grad=False, has_fp16_weights=False)
+        # Of the weight: torch.export and functional_call put plain tensors in its place.
+        self._stats: Tensor | None = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
         raise NotImplementedError("Saving an Embedding8bit is not implemented")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding8bit:
-        return cast("Embedding8bit", apply_with_weight(self, super()._apply, fn, recurse))
+        moved = cast("Embedding8bit", apply_with_weight(self, super()._apply, fn, recurse))
+        self._stats = getattr(self.weight, "SCB", None)
+        return moved
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Embedding's name
         """Return the rows that `input` names.
@@ -76,14 +80,17 @@ class Embedding8bit(torch.nn.Embedding):
         ArgumentError
             If the table is not quantized yet.
         """
-        weight = self.weight
-        stats = weight.SCB
+        weight: Any = self.weight
+        stats = getattr(weight, "SCB", None)
         if stats is None:
+            stats = self._stats
+        if stats is None or weight.dtype != torch.int8:
             raise ArgumentError(
                 "Embedding8bit.weight: not quantized yet; move the module to a device first, "
                 f'module.to("{"cpu" if weight.is_meta else weight.device}")'
             )
-        rows, scales = weight.data[input], stats[input]
+        codes = getattr(weight, "CB", None)
+        rows, scales = (weight if codes is None else codes)[input], stats[input]
         if torch.compiler.is_dynamo_compiling() or not ops.is_eager(rows):
             result: Tensor = torch.ops.halfbyte.int8_vectorwise_dequant.default(rows, scales)
             return result.to(self.dtype)

@@ -128,7 +128,8 @@ class Int8Params(torch.nn.Parameter):
 
     def like(self, data: Tensor, **changes: Any) -> Int8Params:
         """Return a parameter of this kind around `data`, with attributes of this one except for `changes`."""
-        return type(self)(data, requires_grad=self.requires_grad, **{**self.__dict__, **changes})
+        # accelerate's init_empty_weights leaves a "requires_grad" in __dict__.
+        return type(self)(data, **{**self.__dict__, **changes, "requires_grad": self.requires_grad})
 
     # ---- copies
 
@@ -147,7 +148,7 @@ class Int8Params(torch.nn.Parameter):
         self.CB = self.data if attributes["CB"] is not False and attributes["CB"] is not None else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self),), self.__getstate__()
+        return _rebuild, (type(self), self.is_meta), self.__getstate__()
 
     def __copy__(self) -> Int8Params:
         return self.like(self.data)
@@ -163,5 +164,5 @@ class Int8Params(torch.nn.Parameter):
         return twin
 
 
-def _rebuild(cls: type[Int8Params]) -> Int8Params:
-    return cls()
+def _rebuild(cls: type[Int8Params], on_meta: bool = False) -> Int8Params:
+    return cls(torch.empty(0, device="meta" if on_meta else "cpu"))

@@ -91,9 +91,17 @@ class Linear8bitLt(torch.nn.Linear):
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """Register as nn.Module does; a new weight takes the place of the codes of the old one."""
         super().register_parameter(name, param)
-        state = self.__dict__.get("state")
-        if name == "weight" and state is not None:
-            state.reset_grads()
+        if name == "weight" and "state" in self.__dict__:
+            self._take_codes(param)
+
+    def _take_codes(self, weight: Any) -> None:
+        """Let `state` have the codes and statistics of `weight`, or none.
+
+        Also before the first call: torch.export and functional_call put plain tensors in the weight's place.
+        """
+        self.state.reset_grads()
+        if isinstance(weight, Int8Params) and weight.CB is not None:
+            self.state.CB, self.state.SCB = weight.CB, weight.SCB
 
     # ---- forward
 
@@ -134,7 +142,7 @@ class Linear8bitLt(torch.nn.Linear):
         """
         state, weight = self.state, self.weight
         bias = self.bias
-        if _compiling():
+        if _compiling() or _is_bare(weight):
             # A traced forward changes no attribute.
             return matmul(x, weight, state=self._view(), bias=bias)
         if not self._dense(x):
@@ -158,6 +166,8 @@ class Linear8bitLt(torch.nn.Linear):
         view = MatmulLtState(CB=state.CB, SCB=state.SCB)
         if view.CB is None and isinstance(weight, Int8Params):
             view.CB, view.SCB = weight.CB, weight.SCB
+        elif _is_bare(weight):
+            view.CB = weight.detach()
         view.threshold, view.has_fp16_weights, view.is_training = state.threshold, state.has_fp16_weights, self.training
         return view
 
@@ -175,13 +185,11 @@ class Linear8bitLt(torch.nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear8bitLt:
         moved = apply_with_weight(self, super()._apply, fn, recurse)
         weight, state = self._parameters["weight"], self.state
-        if isinstance(weight, Int8Params) and weight.CB is not None:
-            if state.CB is not None:
-                self.init_8bit_state()
-        elif state.CB is not None and not state.has_fp16_weights and not (weight is not None and weight.is_meta):
+        held = not isinstance(weight, Int8Params) or weight.CB is None
+        if held and state.CB is not None and not state.has_fp16_weights and not (weight is not None and weight.is_meta):
             state.CB, state.SCB = fn(state.CB), None if state.SCB is None else fn(state.SCB)
         else:
-            state.reset_grads()
+            self._take_codes(weight)
         return cast("Linear8bitLt", moved)
 
     # ---- copies: the codes of a quantized weight are there once
@@ -293,6 +301,11 @@ class Linear8bitLt(torch.nn.Linear):
         fresh = Int8Params(codes, False, weight.has_fp16_weights)
         fresh.adopt(codes, stats.to(device, copy=not assign))
         self.weight = fresh
+
+
+def _is_bare(weight: Any) -> bool:
+    """Whether `weight` is codes without statistics, as torch.export and functional_call may put there."""
+    return not isinstance(weight, Int8Params) and weight.dtype == torch.int8
 
 
 def _kind(value: object) -> str:

@@ -150,8 +150,7 @@ class Params4bit(torch.nn.Parameter):
             module=module,
             bnb_quantized=True,
         )
-        if module is not None:
-            module.quant_state = state
+        describe(module, state, self.quant_storage)
         return self
 
     # Module.to() and its kin end in `parameter.data = moved`, which must bring the moved state along.
@@ -169,8 +168,8 @@ class Params4bit(torch.nn.Parameter):
 
     def _take(self, other: Params4bit) -> None:
         self.__dict__.update({k: v for k, v in other.__dict__.items() if k != "module"})
-        if self.module is not None and other.quant_state is not None:
-            self.module.quant_state = other.quant_state
+        if other.quant_state is not None:
+            describe(self.module, other.quant_state, other.quant_storage)
 
     # ---- moving
 
@@ -252,13 +251,13 @@ class Params4bit(torch.nn.Parameter):
         self.compress_statistics = state.nested
         self.quant_storage = packed.dtype
         self.bnb_quantized = True
-        if self.module is not None:
-            self.module.quant_state = state
+        describe(self.module, state, self.quant_storage)
 
     def like(self, data: Tensor, **changes: Any) -> Params4bit:
         """Return a parameter of this kind around `data`, with attributes of this one except for `changes`."""
-        requires_grad = self.requires_grad and data.is_floating_point()
-        return type(self)(data, requires_grad=requires_grad, **{**self.__dict__, **changes})
+        # accelerate's init_empty_weights leaves a "requires_grad" in __dict__.
+        changes["requires_grad"] = self.requires_grad and data.is_floating_point()
+        return type(self)(data, **{**self.__dict__, **changes})
 
     def around(self, data: Tensor) -> Params4bit:
         """Return a parameter of this kind around `data`, which something else than :meth:`to` made of this one.
@@ -285,7 +284,7 @@ class Params4bit(torch.nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Everything goes into the state, which is pickled after self is known: module and weight refer to each other.
-        return _rebuild, (type(self),), self.__getstate__()
+        return _rebuild, (type(self), self.is_meta), self.__getstate__()
 
     def __copy__(self) -> Params4bit:
         return self.like(self.data)
@@ -343,8 +342,14 @@ _PIECES = (torch.chunk, Tensor.chunk, torch.split, Tensor.split)
 ops.PLAIN_TENSORS.add(Params4bit)
 
 
-def _rebuild(cls: type[Params4bit]) -> Params4bit:
-    return cls()
+def _rebuild(cls: type[Params4bit], on_meta: bool = False) -> Params4bit:
+    return cls(torch.empty(0, device="meta" if on_meta else "cpu"))
+
+
+def describe(module: Any, state: QuantState, storage: torch.dtype) -> None:
+    """Tell the layer of a packed weight, if there is one, what FSDP makes the weight itself forget."""
+    if module is not None:
+        module.quant_state, module.quant_storage = state, storage
 
 
 def check_packed(data: Tensor, state: QuantState, key: str = "weight") -> None:

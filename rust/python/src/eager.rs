@@ -27,6 +27,8 @@ pub(crate) struct Torch {
     tracing_state: Py<PyAny>,
     /// Functions without arguments; a true result of any means that somebody watches or changes what operations do.
     watchers: [Py<PyAny>; 2],
+    /// Of `torch.autograd.forward_ad`, whose `_current_level` is −1 where no tensor can have a tangent.
+    forward_ad: Py<PyDict>,
     any_autocast: Py<PyAny>,
     autocast_enabled: Py<PyAny>,
     autocast_dtype: Py<PyAny>,
@@ -62,6 +64,7 @@ impl Torch {
                     find(&inner, "_len_torch_dispatch_stack")?,
                     find(&inner, "_are_functorch_transforms_active")?,
                 ],
+                forward_ad: py.import("torch.autograd.forward_ad")?.dict().unbind(),
                 any_autocast: find(&inner, "_is_any_autocast_enabled")?,
                 autocast_enabled: find(&torch, "is_autocast_enabled")?,
                 autocast_dtype: find(&torch, "get_autocast_dtype")?,
@@ -100,6 +103,10 @@ impl Torch {
             }
         }
         if !self.tracing_state.bind(py).call0()?.is_none() {
+            return Ok(false);
+        }
+        let level = self.forward_ad.bind(py).get_item(intern!(py, "_current_level"))?;
+        if !level.is_some_and(|level| level.extract::<i64>().is_ok_and(|level| level < 0)) {
             return Ok(false);
         }
         if !self.grad_enabled.bind(py).call0()?.is_truthy()? {

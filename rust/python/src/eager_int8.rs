@@ -47,6 +47,11 @@ fn run<'py>(
     }
     let (codes, stats) = (state.getattr(intern!(py, "CB"))?, state.getattr(intern!(py, "SCB"))?);
     let parameters = entry(&fields, intern!(py, "_parameters"))?.cast_into::<PyDict>()?;
+    // Another weight may have taken the place of the one whose codes the state has, for a call or for good.
+    let own = entry(&parameters, intern!(py, "weight"))?.getattr_opt(intern!(py, "CB"))?;
+    if !own.is_some_and(|own| own.is(&codes)) {
+        return Ok(None);
+    }
     let bias = entry(&parameters, intern!(py, "bias"))?;
     let bias = (!bias.is_none()).then_some(&bias);
     if codes.is_none() || stats.is_none() || !torch.is_plain(x, bias)? {

@@ -12,11 +12,11 @@ from halfbyte._matmul import matmul_as_is, statistics
 from halfbyte.errors import ArgumentError
 from halfbyte.quant_state import QuantState
 
-from .._late import attributes
+from .._absent import absent
 
 __all__ = ["GlobalOutlierPooler", "MatMul4Bit", "MatmulLtState", "matmul", "matmul_4bit"]
 
-__getattr__ = attributes("bitsandbytes.autograd._functions", frozenset({"MatMul8bitFp", "MatMul8bitLt"}))
+__getattr__ = absent("bitsandbytes.autograd._functions")
 
 
 class MatMul4Bit(torch.autograd.Function):

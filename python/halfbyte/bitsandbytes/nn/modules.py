@@ -23,9 +23,10 @@ from halfbyte.nn import (
     StableEmbedding,
     fix_4bit_weight_quant_state_from_module,
 )
+from halfbyte.optim import GlobalOptimManager
 from halfbyte.quant_state import QuantState
 
-from .._late import attributes
+from .._absent import absent
 from ..functional import has_avx512bf16
 from ..utils import INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING, OutlierTracer
 
@@ -36,6 +37,7 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "GlobalOptimManager",
     "Int8Params",
     "Linear4bit",
     "Linear8bitLt",
@@ -51,7 +53,7 @@ __all__ = [
     "maybe_rearrange_weight",
 ]
 
-__getattr__ = attributes("bitsandbytes.nn.modules", frozenset({"GlobalOptimManager"}))
+__getattr__ = absent("bitsandbytes.nn.modules")
 
 if __name__ == "bitsandbytes.nn.modules":
     Linear4bit._casts_bias = True

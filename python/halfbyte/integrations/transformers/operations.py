@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from halfbyte.errors import CheckpointError
 from halfbyte.integrations.transformers import experts
 from halfbyte.nn import Linear4bit, Params4bit
+from halfbyte.nn.params import describe
 from halfbyte.quant_state import QuantState
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class Deserialize4bit(_Operation):
                 f"got one of {list((state and state.shape) or ())}"
             )
         if linear:
-            parameter.module, module.quant_state = module, state
+            parameter.module = module
+            describe(module, state, parameter.quant_storage)
         module._is_hf_initialized = True
         return {target_patterns[0]: parameter}
 
