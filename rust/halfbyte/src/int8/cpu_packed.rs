@@ -10,7 +10,7 @@
 use std::ops::{Deref, DerefMut};
 
 use super::cpu_dot::Dot;
-use super::cpu_product::{DEPTH, Job, PANEL};
+use super::cpu_product::{Job, PANEL};
 
 /// Elements that start at a cache line, so that vectors do not cross one.
 pub(super) struct Aligned<T> {
@@ -42,50 +42,58 @@ impl<T> DerefMut for Aligned<T> {
     }
 }
 
-/// Sums of `rows` rows of `a` with `here` rows of `b`, added to `sums`.
+/// Groups of codes that are worked on together: with the panel's width of 48 lanes, half of a first-level cache of 48 KiB.
+const GROUPS: usize = 128;
+
+/// Columns that are worked on together.
+pub(super) const fn depth_of<D: Dot>() -> usize {
+    GROUPS * (D::STEP / D::LANES)
+}
+
+/// The lanes of a packed panel of rows of `k` codes.
+pub(super) fn packed_len<D: Dot>(k: usize) -> usize {
+    depth_of::<D>().min(k.next_multiple_of(D::STEP)) / (D::STEP / D::LANES) * PANEL
+}
+
+/// Sums of `rows` rows of `a` with `here` rows of `b`, added to `sums`; `done` gets each row's number and sums when they are
+/// complete.
 ///
 /// # Safety
 /// The CPU has the instructions of `D`, and the rows exist.
 #[inline(always)]
-pub(super) unsafe fn packed_panel<D: Dot, F>(
-    job: &Job<'_, D, F>,
-    ones: &[D::Left],
+pub(super) unsafe fn packed_panel<D: Dot>(
+    job: &Job<'_, D>,
     row: usize,
     rows: usize,
     first: usize,
     here: usize,
     packed: &mut [i32],
     sums: &mut [i32],
+    mut done: impl FnMut(usize, &[i32]),
 ) {
-    let (k, stride) = (job.k, job.stride);
-    assert!(job.left.len() >= (row + rows) * stride && sums.len() >= rows * PANEL);
-    for from in (0..k).step_by(DEPTH) {
-        let depth = DEPTH.min(k - from);
+    let k = job.k;
+    assert!(sums.len() >= rows * PANEL);
+    for from in (0..k).step_by(depth_of::<D>()) {
+        let depth = depth_of::<D>().min(k - from);
         // SAFETY: passed on.
         unsafe { pack::<D>(&job.b[first * k..(first + here) * k], k, from, depth, packed) };
         let groups = depth.div_ceil(D::STEP / D::LANES);
-        if D::BIAS != 0 {
-            let mut total = [0i32; PANEL];
-            // SAFETY: the instructions are there; `ones` has DEPTH elements or as many as a padded row.
-            unsafe { rows_of::<D, 1>(ones, 0, packed, groups, &mut total) };
-            for sums in sums.chunks_exact_mut(PANEL).take(rows) {
-                sums.iter_mut()
-                    .zip(&total)
-                    .for_each(|(sum, total)| *sum = sum.wrapping_sub(total.wrapping_mul(D::BIAS)));
-            }
-        }
         let mut i = 0;
         while i < rows {
-            let (left, sums) = (&job.left[(row + i) * stride + from..], &mut sums[i * PANEL..]);
+            let ((left, stride), its) = (job.left_at(row + i, from), &mut sums[i * PANEL..]);
             // SAFETY: the instructions are there; the slices are checked in the function.
-            i += unsafe {
+            let some = unsafe {
                 match rows - i {
-                    8.. if D::PACKED_ROWS >= 8 => rows_of::<D, 8>(left, stride, packed, groups, sums),
-                    4.. if D::PACKED_ROWS >= 8 => rows_of::<D, 4>(left, stride, packed, groups, sums),
-                    2.. => rows_of::<D, 2>(left, stride, packed, groups, sums),
-                    _ => rows_of::<D, 1>(left, stride, packed, groups, sums),
+                    8.. if D::PACKED_ROWS >= 8 => rows_of::<D, 8>(left, stride, packed, groups, its),
+                    4.. if D::PACKED_ROWS >= 8 => rows_of::<D, 4>(left, stride, packed, groups, its),
+                    2.. => rows_of::<D, 2>(left, stride, packed, groups, its),
+                    _ => rows_of::<D, 1>(left, stride, packed, groups, its),
                 }
             };
+            if from + depth == k {
+                its.chunks_exact(PANEL).take(some).enumerate().for_each(|(j, sums)| done(i + j, sums));
+            }
+            i += some;
         }
     }
 }
