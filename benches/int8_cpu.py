@@ -55,7 +55,7 @@ def layers(library, m, n, k):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", choices=["layers", "products"], default=["layers", "products"])
+    parser.add_argument("what", nargs="?", choices=["layers", "products"], help="both unless given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["wall", "thread"], default="thread")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each line of the comparison")
@@ -68,7 +68,7 @@ def main():
     versions = {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__, "halfbyte": halfbyte.__version__}
     print(json.dumps({"provenance": {"cpu": processor(), **versions}}))
     with torch.no_grad():
-        for m, n, k in LAYERS if "layers" in options.what else ():
+        for m, n, k in LAYERS if options.what != "products" else ():
             pair = {library.__name__: layers(library, m, n, k) for library in (halfbyte, bitsandbytes)}
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 x = torch.randn(m, k).to(dtype)
@@ -78,7 +78,7 @@ def main():
                     form = str(dtype).removeprefix("torch.")
                     line = {"op": "int8 layer, threshold 6", "peer": peer, **kept, "form": form}
                     print(json.dumps({**line, "m": m, "n": n, "k": k, "us": us}), flush=True)
-        for m, n, k in PRODUCTS if "products" in options.what else ():
+        for m, n, k in PRODUCTS if options.what != "layers" else ():
             a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
             calls = {
                 "halfbyte": lambda a=a, b=b: halfbyte.functional.int8_linear_matmul(a, b),

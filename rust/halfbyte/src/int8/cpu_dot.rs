@@ -64,8 +64,16 @@ pub(super) trait Dot: Copy + 'static {
     unsafe fn packed(_p: *const i32) -> Self::B {
         unreachable!("only where PACKED_ROWS is not 0")
     }
-    /// Adds a vector of sums to `LANES` numbers at `p`.
-    unsafe fn add_to(_sum: Self::Sum, _p: *mut i32) {
+    /// All sums `value`.
+    unsafe fn start(_value: i32) -> Self::Sum {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
+    /// The `LANES` sums at `p`.
+    unsafe fn sums(_p: *const i32) -> Self::Sum {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
+    /// Writes a vector of sums to `p`.
+    unsafe fn write(_sum: Self::Sum, _p: *mut i32) {
         unreachable!("only where PACKED_ROWS is not 0")
     }
     /// [`part`], compiled with the instructions.

@@ -51,9 +51,18 @@ pub(super) trait Finish: Sync {
     fn finish(&self, row: usize, first: usize, sums: &[i32], floats: Option<&[f32]>, out: &mut [Self::Out]);
 }
 
-/// Takes the sums of row `row` of a task with its columns from `column` on, and their part in floating point. So the kernel, most of
-/// the code, is one for all types of results.
-pub(super) type Sink<'a> = dyn FnMut(usize, usize, &[i32], Option<&[f32]>) + 'a;
+/// Takes complete sums. So the kernel, most of the code, is one for all types of results.
+pub(super) type Sink<'a> = dyn FnMut(Done<'_>) + 'a;
+
+/// Complete sums of rows and columns of a task, rows PANEL apart, and their part in floating point.
+pub(super) struct Done<'a> {
+    row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+    sums: &'a [i32],
+    floats: Option<&'a [f32]>,
+}
 
 /// Columns to multiply in floating point.
 pub(super) struct Floats {
@@ -136,9 +145,14 @@ pub(super) unsafe fn multiply<D: Dot, F: Finish>(
         }
     }
     for_each_task(tasks, |(part, mut outs)| {
-        let mut sink = |row: usize, column: usize, sums: &[i32], floats: Option<&[f32]>| {
-            let out = &mut outs[row][column..column + sums.len()];
-            finish.finish(part.row + row, part.first + column, sums, floats, out);
+        let mut sink = |done: Done<'_>| {
+            let outs = outs[done.row..][..done.rows].iter_mut();
+            for (i, (out, sums)) in outs.zip(done.sums.chunks_exact(PANEL)).enumerate() {
+                let out = &mut out[done.column..][..done.columns];
+                let floats = done.floats.map(|floats| &floats[i * PANEL..][..done.columns]);
+                let (row, first) = (part.row + done.row + i, part.first + done.column);
+                finish.finish(row, first, &sums[..done.columns], floats, out);
+            }
         };
         // SAFETY: the caller's promise.
         unsafe { D::run(&job, part, &mut sink) };
@@ -190,26 +204,26 @@ pub(super) unsafe fn part<D: Dot>(job: &Job<'_, D>, part: Part, sink: &mut Sink<
         for from in (0..columns).step_by(PANEL) {
             let first = part.first + from;
             let here = PANEL.min(columns - from);
-            sums.chunks_exact_mut(PANEL).zip(&starts).for_each(|(sums, &start)| sums.fill(start));
             if let (Some((sums, gathered)), Some((floats, stats))) = (&mut floats, job.floats) {
                 // SAFETY: passed on; rows `row..row + rows` of `a` and `first..first + here` of `b` exist.
                 unsafe { float_panel(job, floats, stats, row, rows, first, here, gathered, sums) };
             }
             let floats = floats.as_ref().map(|(sums, _)| &sums[..]);
-            let mut finish = |i: usize, sums: &[i32]| {
-                let floats = floats.map(|sums| &sums[i * PANEL..][..here]);
-                sink(block + i, from, &sums[..here], floats);
+            let mut finish = |i: usize, rows: usize, sums: &[i32]| {
+                let floats = floats.map(|sums| &sums[i * PANEL..]);
+                sink(Done { row: block + i, rows, column: from, columns: here, sums, floats });
             };
             if job.packs && integers {
                 // SAFETY: as above.
-                unsafe { packed_panel(job, row, rows, first, here, &mut packed, &mut sums, finish) };
+                unsafe { packed_panel(job, (row, rows), (first, here), &starts, &mut packed, &mut sums, finish) };
                 continue;
             }
+            sums.chunks_exact_mut(PANEL).zip(&starts).for_each(|(sums, &start)| sums.fill(start));
             if integers {
                 // SAFETY: as above.
                 unsafe { panel(job, row, rows, first, here, &mut sums) };
             }
-            sums.chunks_exact(PANEL).take(rows).enumerate().for_each(|(i, sums)| finish(i, sums));
+            finish(0, rows, &sums);
         }
     }
 }
@@ -227,9 +241,13 @@ unsafe fn row_total<D: Dot>(job: &Job<'_, D>, row: usize) -> i32 {
             let (left, width) = job.left_at(row, from);
             let left = &left[..width];
             let mut k = 0;
-            while k + D::STEP <= width {
-                sums[k / D::STEP % 4] = D::dot(sums[k / D::STEP % 4], D::left(left.as_ptr().add(k)), D::ones());
-                k += D::STEP;
+            while k + 2 * D::STEP <= width {
+                sums[0] = D::dot(sums[0], D::left(left.as_ptr().add(k)), D::ones());
+                sums[1] = D::dot(sums[1], D::left(left.as_ptr().add(k + D::STEP)), D::ones());
+                k += 2 * D::STEP;
+            }
+            if k < width {
+                sums[2] = D::dot(sums[2], D::left(left.as_ptr().add(k)), D::ones());
             }
         }
         D::totals(sums).into_iter().fold(0, i32::wrapping_add)

@@ -104,9 +104,21 @@ macro_rules! alike {
         }
 
         #[inline(always)]
-        unsafe fn add_to(sum: V, p: *mut i32) {
+        unsafe fn start(value: i32) -> V {
             // SAFETY: as above.
-            unsafe { sum.add(V::load(p.cast())).store(p.cast()) }
+            unsafe { V::splat_i32(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn sums(p: *const i32) -> V {
+            // SAFETY: as above.
+            unsafe { V::load(p.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn write(sum: V, p: *mut i32) {
+            // SAFETY: as above.
+            unsafe { sum.store(p.cast()) }
         }
     };
 }
