@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{__m256i, __m512i};
+use std::cell::Cell;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use super::cpu_dot::{Dot, Plain};
@@ -394,14 +395,35 @@ pub fn linear<T: Element>(
     check_len("x", x.len(), area("x", m, k)?)?;
     check_product((m, n, k), x.len(), b.len(), bias.map(<[T]>::len), out.len())?;
     check_len("column_stats", column_stats.len(), n)?;
-    let (mut codes, mut stats, mut outliers) = (vec![0; m * k], vec![0.0; m], vec![0; k.div_ceil(32)]);
-    quantize_rows(instructions, x, k, threshold, &mut codes, &mut stats, Some(&mut outliers))?;
-    if outliers.iter().any(|&word| word != 0) {
-        zero_columns(&mut codes, k, &outliers)?;
-        mixed(instructions, x, &codes, b, (m, n, k), &stats, column_stats, &outliers, bias, out)
-    } else {
-        scaled(instructions, &codes, b, (m, n, k), &stats, column_stats, bias, out)
+    let (mut stats, mut outliers) = (vec![0.0; m], vec![0; k.div_ceil(32)]);
+    with_codes(m * k, |codes| {
+        quantize_rows(instructions, x, k, threshold, codes, &mut stats, Some(&mut outliers))?;
+        if outliers.iter().any(|&word| word != 0) {
+            zero_columns(codes, k, &outliers)?;
+            mixed(instructions, x, codes, b, (m, n, k), &stats, column_stats, &outliers, bias, out)
+        } else {
+            scaled(instructions, codes, b, (m, n, k), &stats, column_stats, bias, out)
+        }
+    })
+}
+
+/// Calls `body` with `len` codes, whatever they are. A layer after the other uses the same memory: the first touch of pages that are
+/// new to the process takes longer than quantizing to them.
+fn with_codes<R>(len: usize, body: impl FnOnce(&mut [i8]) -> R) -> R {
+    /// Most that a thread keeps.
+    const KEPT: usize = 1 << 24;
+    thread_local! {
+        static CODES: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
     }
+    let mut codes = CODES.take();
+    if codes.len() < len {
+        codes = vec![0; len];
+    }
+    let result = body(&mut codes[..len]);
+    if codes.len() <= KEPT {
+        CODES.set(codes);
+    }
+    result
 }
 
 /// [`super::dequantize_product_into`] with these instructions.

@@ -40,6 +40,9 @@ const QUAD: usize = 4;
 /// Columns in floating point that are gathered at once.
 const FLOAT_DEPTH: usize = 256;
 
+/// Columns in floating point up to which those of the next panel are fetched ahead.
+const FEW_COLUMNS: usize = 16;
+
 /// Products below which a second thread does not pay.
 const GRAIN: usize = 1 << 19;
 
@@ -374,6 +377,18 @@ unsafe fn tile<D: Dot, const M: usize>(
     }
 }
 
+/// Has the line of `p` brought to the second-level cache, where there is an instruction for that.
+#[inline(always)]
+fn prefetch(p: *const i8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a part of every x86-64, and no address is wrong for it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// The floating-point part of `rows` rows of `a` with `here` rows of `b`, into `sums`.
 ///
 /// # Safety
@@ -398,6 +413,13 @@ unsafe fn float_panel<D: Dot>(
             let (codes, unit) = (&job.b[(first + c) * job.k..][..job.k], stats[first + c] * UNIT);
             for (weights, &column) in gathered.chunks_exact_mut(PANEL).zip(columns) {
                 weights[c] = f32::from(codes[column]) * unit;
+            }
+        }
+        // Each of these is a line of its own, often of a page of its own: those of the next panel come while this one is worked on.
+        if columns.len() <= FEW_COLUMNS {
+            let next = job.b.get((first + PANEL) * job.k..).unwrap_or_default();
+            for row in next.chunks_exact(job.k).take(PANEL) {
+                columns.iter().for_each(|&column| prefetch(&raw const row[column]));
             }
         }
         let mut i = 0;
