@@ -110,9 +110,11 @@ unsafe fn pack<D: Dot>(b: &[i8], k: usize, from: usize, depth: usize, packed: &m
     assert!(
         packed.len() >= depth.div_ceil(D::STEP) * D::LANES * PANEL && from + depth <= k && rows > 0 && rows <= PANEL
     );
-    for (block, at) in (0..depth).step_by(D::STEP).enumerate() {
+    let mut at = 0;
+    while at < depth {
         let count = D::STEP.min(depth - at);
-        for lane in (0..rows).step_by(D::LANES) {
+        let mut lane = 0;
+        while lane < rows {
             // SAFETY: `count` codes from column `from + at` on are there in each row; what is written is checked above.
             unsafe {
                 let mut vectors = [D::right_some(b.as_ptr(), 0); 16];
@@ -123,9 +125,11 @@ unsafe fn pack<D: Dot>(b: &[i8], k: usize, from: usize, depth: usize, packed: &m
                     vectors[i] = if count == D::STEP { D::right(p) } else { D::right_some(p, count) };
                     i += 1;
                 }
-                D::transpose(&vectors, packed.as_mut_ptr().add(block * D::LANES * PANEL + lane));
+                D::transpose(&vectors, packed.as_mut_ptr().add(at / D::STEP * D::LANES * PANEL + lane));
             }
+            lane += D::LANES;
         }
+        at += D::STEP;
     }
 }
 

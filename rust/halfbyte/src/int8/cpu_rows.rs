@@ -8,6 +8,8 @@ use super::reference::{self, UNIT, UNIT2};
 use crate::device::cpu::avx2::{from_bits16, largest_i32, largest_u16, load, store};
 use crate::element::{Dtype, Element};
 
+// Loops by hand: iterators may stay calls in a build of several codegen units, which costs a factor of ten.
+
 /// Values that are worked on together.
 const RUN: usize = 32;
 
@@ -77,24 +79,29 @@ pub(super) fn quantize_row<T: Element>(
 fn largest_wide<T: Element, const OUTLIERS: bool>(x: &[T], last: &[T; RUN], threshold: f32, found: &mut Found) -> f32 {
     let (magnitude, limit) = (_mm256_set1_epi32(0x7fff_ffff), _mm256_set1_ps(threshold));
     let mut most = _mm256_setzero_si256();
-    for (run, x) in x.chunks_exact(RUN).chain([&last[..]]).enumerate() {
+    let mut run = 0;
+    while run <= x.len() / RUN {
+        let p = if run < x.len() / RUN { x[run * RUN..][..RUN].as_ptr() } else { last.as_ptr() };
         let mut outs = [_mm256_setzero_ps(); 4];
-        for (x, out) in x.chunks_exact(8).zip(&mut outs) {
-            // SAFETY: eight elements.
-            let mut bits = _mm256_and_si256(_mm256_castps_si256(unsafe { load(x.as_ptr()) }), magnitude);
+        let mut i = 0;
+        while i < 4 {
+            // SAFETY: a run is four times eight elements.
+            let mut bits = _mm256_and_si256(_mm256_castps_si256(unsafe { load(p.add(8 * i)) }), magnitude);
             if OUTLIERS {
                 // False for NaN, which so counts for the statistic.
-                *out = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_castsi256_ps(bits), limit);
-                bits = _mm256_andnot_si256(_mm256_castps_si256(*out), bits);
+                outs[i] = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_castsi256_ps(bits), limit);
+                bits = _mm256_andnot_si256(_mm256_castps_si256(outs[i]), bits);
             }
             // As integers, the bits of NaN are above those of every number.
             most = _mm256_max_epi32(most, bits);
+            i += 1;
         }
         let any = _mm256_or_ps(_mm256_or_ps(outs[0], outs[1]), _mm256_or_ps(outs[2], outs[3]));
         if OUTLIERS && _mm256_movemask_ps(any) != 0 {
             let bytes = [0, 1, 2, 3].map(|i| _mm256_movemask_ps(outs[i]) as u8);
             found.push((run * RUN, u32::from_le_bytes(bytes)));
         }
+        run += 1;
     }
     f32::from_bits(largest_i32(most))
 }
@@ -114,22 +121,27 @@ fn largest_narrow<T: Element, const OUTLIERS: bool>(
     let (below, infinity) = (_mm256_set1_epi16(below), _mm256_set1_epi16(infinity));
     let magnitude = _mm256_set1_epi16(0x7fff);
     let mut most = _mm256_setzero_si256();
-    for (run, x) in x.chunks_exact(RUN).chain([&last[..]]).enumerate() {
+    let mut run = 0;
+    while run <= x.len() / RUN {
+        let p = if run < x.len() / RUN { x[run * RUN..][..RUN].as_ptr() } else { last.as_ptr() };
         let mut outs = [_mm256_setzero_si256(); 2];
-        for (x, out) in x.chunks_exact(16).zip(&mut outs) {
-            // SAFETY: sixteen elements of 16 bits.
-            let mut bits = _mm256_and_si256(unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }, magnitude);
+        let mut i = 0;
+        while i < 2 {
+            // SAFETY: a run is twice sixteen elements, of 16 bits each.
+            let mut bits = _mm256_and_si256(unsafe { _mm256_loadu_si256(p.add(16 * i).cast()) }, magnitude);
             if OUTLIERS {
-                *out = _mm256_andnot_si256(_mm256_cmpgt_epi16(bits, infinity), _mm256_cmpgt_epi16(bits, below));
-                bits = _mm256_andnot_si256(*out, bits);
+                outs[i] = _mm256_andnot_si256(_mm256_cmpgt_epi16(bits, infinity), _mm256_cmpgt_epi16(bits, below));
+                bits = _mm256_andnot_si256(outs[i], bits);
             }
             most = _mm256_max_epu16(most, bits);
+            i += 1;
         }
         if OUTLIERS && _mm256_movemask_epi8(_mm256_or_si256(outs[0], outs[1])) != 0 {
             // Packing works within halves: bring the quarters in order.
             let bytes = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi16(outs[0], outs[1]));
             found.push((run * RUN, _mm256_movemask_epi8(bytes) as u32));
         }
+        run += 1;
     }
     from_bits16::<T>(largest_u16(most))
 }
@@ -147,23 +159,29 @@ fn encode<T: Element, const OUTLIERS: bool>(x: &[T], factor: f32, threshold: f32
     let (factor, limit) = (_mm256_set1_ps(factor), _mm256_set1_ps(threshold));
     let magnitude = _mm256_set1_ps(f32::from_bits(0x7fff_ffff));
     let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    for (x, codes) in x.chunks_exact(RUN).zip(codes.chunks_exact_mut(RUN)) {
+    let whole = x.len() - x.len() % RUN;
+    assert!(codes.len() >= whole);
+    let mut run = 0;
+    while run < whole {
         let mut wide = [_mm256_setzero_si256(); 4];
-        for (x, wide) in x.chunks_exact(8).zip(&mut wide) {
-            // SAFETY: eight elements.
-            let v = unsafe { load(x.as_ptr()) };
+        let mut i = 0;
+        while i < 4 {
+            // SAFETY: a run is four times eight elements.
+            let v = unsafe { load(x.as_ptr().add(run + 8 * i)) };
             // A magnitude up to the statistic's, times 127 over that: 127 at most, when rounded. There is no NaN.
-            *wide = _mm256_cvtps_epi32(_mm256_mul_ps(v, factor));
+            wide[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v, factor));
             if OUTLIERS {
                 let out = _mm256_cmp_ps::<_CMP_GE_OQ>(_mm256_and_ps(v, magnitude), limit);
-                *wide = _mm256_andnot_si256(_mm256_castps_si256(out), *wide);
+                wide[i] = _mm256_andnot_si256(_mm256_castps_si256(out), wide[i]);
             }
+            i += 1;
         }
         // Packing works within halves: put the groups of four in order.
         let words = (_mm256_packs_epi32(wide[0], wide[1]), _mm256_packs_epi32(wide[2], wide[3]));
         let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words.0, words.1), order);
-        // SAFETY: room for 32 codes.
-        unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), bytes) };
+        // SAFETY: room for 32 codes from `run` on, as asserted.
+        unsafe { _mm256_storeu_si256(codes.as_mut_ptr().add(run).cast(), bytes) };
+        run += RUN;
     }
 }
 
@@ -181,7 +199,8 @@ pub(super) fn scale_row<T: Element>(
     assert!(sums.len() >= count && column_stats.len() >= count);
     assert!(floats.is_none_or(|floats| floats.len() >= count) && bias.is_none_or(|bias| bias.len() >= count));
     let whole = count - count % 8;
-    for i in (0..whole).step_by(8) {
+    let mut i = 0;
+    while i < whole {
         // SAFETY: eight of each from `i` on, as asserted.
         unsafe {
             let sum = _mm256_cvtepi32_ps(_mm256_loadu_si256(sums.as_ptr().add(i).cast()));
@@ -196,6 +215,7 @@ pub(super) fn scale_row<T: Element>(
             }
             store(out.as_mut_ptr().add(i), _mm256_add_ps(scaled, rest));
         }
+        i += 8;
     }
     for (i, out) in out.iter_mut().enumerate().skip(whole) {
         *out = reference::finished(sums, row_stat, column_stats, floats, bias, i);
@@ -207,12 +227,15 @@ pub(super) fn scale_row<T: Element>(
 pub(super) fn decode_row<T: Element>(codes: &[i8], stat: f32, out: &mut [T]) {
     let (scale, unit) = (_mm256_set1_ps(stat), _mm256_set1_ps(UNIT));
     let whole = out.len() - out.len() % 8;
-    for (codes, out) in codes.chunks_exact(8).zip(out.chunks_exact_mut(8)) {
-        // SAFETY: eight codes, and room for eight elements.
+    assert!(codes.len() >= whole);
+    let mut i = 0;
+    while i < whole {
+        // SAFETY: eight codes from `i` on, and room for eight elements.
         unsafe {
-            let wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(codes.as_ptr().cast())));
-            store(out.as_mut_ptr(), _mm256_mul_ps(_mm256_mul_ps(wide, scale), unit));
+            let wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(codes.as_ptr().add(i).cast())));
+            store(out.as_mut_ptr().add(i), _mm256_mul_ps(_mm256_mul_ps(wide, scale), unit));
         }
+        i += 8;
     }
     reference::dequantize(&codes[whole..], codes.len().max(1), &[stat], &mut out[whole..]);
 }
