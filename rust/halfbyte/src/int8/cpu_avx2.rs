@@ -71,7 +71,7 @@ impl Vector for __m256i {
     const BYTES: usize = 32;
     const ROWS: usize = 2;
     const FLOAT_ROWS: usize = 2;
-    const PACKED_ROWS: usize = 2;
+    const PACKED_ROWS: usize = 4;
 
     #[inline(always)]
     unsafe fn zero() -> Self {

@@ -87,7 +87,7 @@ pub(super) unsafe fn packed_panel<D: Dot>(
             let some = unsafe {
                 match rows - i {
                     8.. if D::PACKED_ROWS >= 8 => tile.rows::<8>(starts, sums),
-                    4.. if D::PACKED_ROWS >= 8 => tile.rows::<4>(starts, sums),
+                    4.. if D::PACKED_ROWS >= 4 => tile.rows::<4>(starts, sums),
                     2.. => tile.rows::<2>(starts, sums),
                     _ => tile.rows::<1>(starts, sums),
                 }
@@ -149,30 +149,33 @@ impl<D: Dot> Tile<'_, D> {
     /// The CPU has the instructions of `D`.
     #[inline(always)]
     unsafe fn rows<const M: usize>(&self, starts: Option<&[i32]>, sums: &mut [i32]) -> usize {
-        // SAFETY: passed on. So many vectors are a panel at most.
-        unsafe {
-            match (D::LANES, self.vectors) {
-                (16, 1) => self.run::<M, 1>(starts, sums),
-                (16, 2) => self.run::<M, 2>(starts, sums),
-                (16, _) => self.run::<M, 3>(starts, sums),
-                (_, 1 | 2) => self.run::<M, 2>(starts, sums),
-                (_, 3 | 4) => self.run::<M, 4>(starts, sums),
-                _ => self.run::<M, 6>(starts, sums),
+        let mut v = 0;
+        while v < self.vectors {
+            // SAFETY: passed on.
+            unsafe {
+                match self.vectors - v {
+                    1 => self.run::<M, 1>(v, starts, sums),
+                    2 => self.run::<M, 2>(v, starts, sums),
+                    _ => self.run::<M, 3>(v, starts, sums),
+                }
             }
+            v += 3;
         }
         M
     }
 
-    /// The same for `V` vectors.
+    /// The same for `V` vectors of the panel from number `first` on.
     ///
     /// # Safety
     /// The CPU has the instructions of `D`.
     #[inline(always)]
-    unsafe fn run<const M: usize, const V: usize>(&self, starts: Option<&[i32]>, sums: &mut [i32]) {
+    unsafe fn run<const M: usize, const V: usize>(&self, first: usize, starts: Option<&[i32]>, sums: &mut [i32]) {
         let codes = D::STEP / D::LANES;
-        assert!(self.left.len() >= (M - 1) * self.stride + self.groups * codes && V * D::LANES <= PANEL);
-        assert!(self.packed.len() >= self.groups * PANEL && sums.len() >= M * PANEL);
-        let (left, packed, sums) = (self.left.as_ptr(), self.packed.as_ptr(), sums.as_mut_ptr());
+        let (packed, sums) = (&self.packed[first * D::LANES..], &mut sums[first * D::LANES..]);
+        assert!(self.left.len() >= (M - 1) * self.stride + self.groups * codes && self.groups > 0);
+        assert!(packed.len() >= (self.groups - 1) * PANEL + V * D::LANES);
+        assert!(sums.len() >= (M - 1) * PANEL + V * D::LANES);
+        let (left, packed, sums) = (self.left.as_ptr(), packed.as_ptr(), sums.as_mut_ptr());
         // Loops by hand, for the reason given in `cpu_product`.
         // SAFETY: the instructions are there, and the assertions are about the very elements read and written.
         unsafe {
