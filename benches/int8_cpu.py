@@ -4,8 +4,8 @@
 
 All libraries in one process, a call of each in turn, and the best of each: on a machine that others use too they see
 the same. With ``thread`` it is the processor time of the calling thread, which other programs do not change; with
-``wall`` the time of all threads. ``HALFBYTE_SIMD=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2`` holds all to
-AVX2.
+``wall`` the time of all threads. ``HALFBYTE_SIMD=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+MKL_ENABLE_INSTRUCTIONS=AVX2`` holds all to AVX2, and ours to AVX-VNNI where the processor has it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import halfbyte
 LAYERS = [(m, n, 4096) for n in (1024, 4096) for m in (1, 8, 128)]
 PRODUCTS = [(m, n, 4096) for n in (1024, 4096, 499, 502) for m in (1, 8, 32, 128, 512)]
 PRODUCTS += [(128, 512, 499), (128, 512, 502), (128, 512, 512), (4096, 512, 499)]
-VARIABLES = ("HALFBYTE_SIMD", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+VARIABLES = ("HALFBYTE_SIMD", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def best(calls, clock, seconds):
@@ -58,6 +58,7 @@ def main():
     parser.add_argument("what", nargs="?", choices=["layers", "products"], help="both unless given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["wall", "thread"], default="thread")
+    parser.add_argument("--rows", type=int, nargs="*", help="only shapes of so many rows")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each line of the comparison")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # one of bitsandbytes' a call
@@ -68,7 +69,8 @@ def main():
     versions = {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__, "halfbyte": halfbyte.__version__}
     print(json.dumps({"provenance": {"cpu": processor(), **versions}}))
     with torch.no_grad():
-        for m, n, k in LAYERS if options.what != "products" else ():
+        shapes = [[shape for shape in them if shape[0] in (options.rows or shape)] for them in (LAYERS, PRODUCTS)]
+        for m, n, k in shapes[0] if options.what != "products" else ():
             pair = {library.__name__: layers(library, m, n, k) for library in (halfbyte, bitsandbytes)}
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 x = torch.randn(m, k).to(dtype)
@@ -78,7 +80,7 @@ def main():
                     form = str(dtype).removeprefix("torch.")
                     line = {"op": "int8 layer, threshold 6", "peer": peer, **kept, "form": form}
                     print(json.dumps({**line, "m": m, "n": n, "k": k, "us": us}), flush=True)
-        for m, n, k in PRODUCTS if options.what != "layers" else ():
+        for m, n, k in shapes[1] if options.what != "layers" else ():
             a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
             calls = {
                 "halfbyte": lambda a=a, b=b: halfbyte.functional.int8_linear_matmul(a, b),
