@@ -71,7 +71,8 @@ impl Vector for __m256i {
     const BYTES: usize = 32;
     const ROWS: usize = 2;
     const FLOAT_ROWS: usize = 2;
-    const PACKED_ROWS: usize = 4;
+    // Four would leave no register over, and compilers move sums about then.
+    const PACKED_ROWS: usize = 3;
 
     #[inline(always)]
     unsafe fn zero() -> Self {

@@ -87,7 +87,8 @@ pub(super) unsafe fn packed_panel<D: Dot>(
             let some = unsafe {
                 match rows - i {
                     8.. if D::PACKED_ROWS >= 8 => tile.rows::<8>(starts, sums),
-                    4.. if D::PACKED_ROWS >= 4 => tile.rows::<4>(starts, sums),
+                    4.. if D::PACKED_ROWS >= 8 => tile.rows::<4>(starts, sums),
+                    3.. => tile.rows::<3>(starts, sums),
                     2.. => tile.rows::<2>(starts, sums),
                     _ => tile.rows::<1>(starts, sums),
                 }
