@@ -419,7 +419,9 @@ unsafe fn float_panel<D: Dot>(
         if columns.len() <= FEW_COLUMNS {
             let next = job.b.get((first + PANEL) * job.k..).unwrap_or_default();
             for row in next.chunks_exact(job.k).take(PANEL) {
-                columns.iter().for_each(|&column| prefetch(&raw const row[column]));
+                for &column in columns {
+                    prefetch(&raw const row[column]);
+                }
             }
         }
         let mut i = 0;

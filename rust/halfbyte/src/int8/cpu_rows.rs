@@ -42,7 +42,9 @@ pub(super) fn quantize_row<T: Element>(
         (_, true) => largest_narrow::<T, true>(x, &last, threshold, found),
     };
     if let Some(outliers) = outliers {
-        found.iter().for_each(|&(run, bits)| outliers[run / RUN] |= bits);
+        for &(run, bits) in &*found {
+            outliers[run / RUN] |= bits;
+        }
     }
     let stat = if most.is_nan() { f32::NAN } else { most };
     let factor = reference::factor(stat);
