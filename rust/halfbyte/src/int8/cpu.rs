@@ -407,8 +407,8 @@ pub fn linear<T: Element>(
     })
 }
 
-/// Calls `body` with `len` codes, whatever they are. A layer after the other uses the same memory: the first touch of pages that are
-/// new to the process takes longer than quantizing to them.
+/// Calls `body` with `len` codes, whatever they are. A layer after the other uses the same memory: the first touch of pages
+/// that are new to the process takes longer than quantizing to them.
 fn with_codes<R>(len: usize, body: impl FnOnce(&mut [i8]) -> R) -> R {
     /// Most that a thread keeps.
     const KEPT: usize = 1 << 24;

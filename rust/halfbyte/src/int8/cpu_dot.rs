@@ -31,8 +31,8 @@ pub(super) trait Dot: Copy + 'static {
     const FLOAT_ROWS: usize;
     /// 32-bit lanes of a vector. A lane holds `STEP / LANES` codes.
     const LANES: usize;
-    /// Rows of the left side whose sums over three vectors of a packed panel fit in registers: 8, 3, or 0 for code that does not
-    /// pack.
+    /// Rows of the left side whose sums over three vectors of a packed panel fit in registers: 8, 3, or 0 for code that does
+    /// not pack.
     const PACKED_ROWS: usize = 0;
 
     fn encode(code: i8) -> Self::Left;

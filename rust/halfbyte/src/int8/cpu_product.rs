@@ -415,7 +415,8 @@ unsafe fn float_panel<D: Dot>(
                 weights[c] = f32::from(codes[column]) * unit;
             }
         }
-        // Each of these is a line of its own, often of a page of its own: those of the next panel come while this one is worked on.
+        // Each of these is a line of its own, often of a page of its own: those of the next panel come while this one is
+        // worked on.
         if columns.len() <= FEW_COLUMNS {
             let next = job.b.get((first + PANEL) * job.k..).unwrap_or_default();
             for row in next.chunks_exact(job.k).take(PANEL) {
