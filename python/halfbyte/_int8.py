@@ -437,7 +437,11 @@ def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: t
     """
     ops.check_dtype("dtype", dtype, (torch.int32,))
     if out is None:
-        return _either("int8_linear_matmul", int8_ops.run_linear_matmul, A, B)  # type: ignore[no-any-return]
+        ops.check_device("A", A)
+        # Integers have no gradient that would have to be kept out.
+        if not _compiling() and ops.is_eager(A):
+            return int8_ops.run_linear_matmul(A, B)
+        return _called("int8_linear_matmul", A, B)  # type: ignore[no-any-return]
     int8_ops.linear_matmul_into(A, B, out)
     return out
 

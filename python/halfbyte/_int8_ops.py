@@ -285,6 +285,10 @@ def linear_matmul_into(A: Tensor, B: Tensor, out: Tensor) -> None:
     if out.shape != _product_shape(A, B):
         raise ShapeError(f"out: expected shape {list(_product_shape(A, B))}, got {list(out.shape)}")
     _check_together(A, out=out)
+    _multiply(A, B, out)
+
+
+def _multiply(A: Tensor, B: Tensor, out: Tensor) -> None:
     if not out.numel():
         return
     _prepare(A)
@@ -298,7 +302,7 @@ def run_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
     """Multiply codes; see the module's table."""
     _check_codes(A, B)
     out = torch.empty(_product_shape(A, B), dtype=torch.int32, device=A.device)
-    linear_matmul_into(A, B, out)
+    _multiply(A, B, out)
     return out
 
 

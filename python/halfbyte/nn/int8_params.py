@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from halfbyte._int8 import quantized
+from halfbyte.nn._moves import MovingParameter
 
 
-class Int8Params(torch.nn.Parameter):
+class Int8Params(MovingParameter):
     """A weight of 8-bit codes with a statistic for each row.
 
     Made from a float tensor, it stays that until it first moves to a device (the meta device does not count): then it
@@ -101,18 +102,6 @@ class Int8Params(torch.nn.Parameter):
         if moved is self.data or (device is None and moved.data_ptr() == self.data_ptr() and moved.dtype == self.dtype):
             return self
         return self.like(moved, CB=moved if codes else None, SCB=stats)
-
-    def cpu(self) -> Int8Params:  # type: ignore[override]
-        """Move to the CPU; see :meth:`to`."""
-        return self.to("cpu")
-
-    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Int8Params:  # type: ignore[override]
-        """Move to a CUDA device, by default the current one; see :meth:`to`."""
-        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
-
-    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Int8Params:  # type: ignore[override]
-        """Move to an XPU device; see :meth:`to`. There is no kernel for it: a float weight is refused."""
-        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
 
     def _quantize(self, device: torch.device, non_blocking: bool = False) -> Int8Params:
         codes, stats = quantized(self.data.to(device, non_blocking=non_blocking))

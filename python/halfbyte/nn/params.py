@@ -13,6 +13,7 @@ from halfbyte import ops
 from halfbyte._tables import STORAGE_DTYPES
 from halfbyte.errors import CheckpointError
 from halfbyte.functional import quantize_4bit
+from halfbyte.nn._moves import MovingParameter
 from halfbyte.quant_state import QuantState
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _STATE_PROPERTIES = {
 }
 
 
-class Params4bit(torch.nn.Parameter):
+class Params4bit(MovingParameter):
     """A weight of 4 bits an element, with the state that decodes it.
 
     Made from a float tensor, it stays that until it first moves to a device (``.to(device)``, ``.cuda()``, ``.cpu()``,
@@ -192,18 +193,6 @@ class Params4bit(torch.nn.Parameter):
         moved = self.data.to(device=device, non_blocking=non_blocking)
         state = None if self.quant_state is None else self.quant_state.copy_to(device)
         return self.like(moved, quant_state=state)
-
-    def cpu(self) -> Params4bit:  # type: ignore[override]
-        """Move to the CPU; see :meth:`to`."""
-        return self.to("cpu")
-
-    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """Move to a CUDA device, by default the current one; see :meth:`to`."""
-        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
-
-    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """Move to an XPU device; see :meth:`to`. There is no kernel for it: a float weight is refused."""
-        return self.to(device="xpu" if device is None else device, non_blocking=non_blocking)
 
     def type(self, dtype: Any = None, non_blocking: bool = False) -> Any:
         """Return the type's name, or convert a float weight; packed bytes stay as they are."""

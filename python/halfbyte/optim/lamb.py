@@ -101,6 +101,8 @@ class _LAMBOfWidth(LAMB):
         max_unorm: float = 1.0,
         **options: Unpack[Options],
     ) -> None:
+        if self._bits == 8 and max_unorm != 1.0:
+            raise ArgumentError(f"max_unorm: LAMB8bit takes 1.0 only, got {max_unorm}; LAMB(optim_bits=8) takes any")
         super().__init__(
             params,
             lr,
@@ -128,38 +130,6 @@ class LAMB8bit(_LAMBOfWidth):
     """
 
     _bits = 8
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        bias_correction: bool = True,
-        betas: Sequence[float] | str = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        adam_w_mode: bool = True,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        max_unorm: float = 1.0,
-        **options: Unpack[Options],
-    ) -> None:
-        if max_unorm != 1.0:
-            raise ArgumentError(f"max_unorm: LAMB8bit takes 1.0 only, got {max_unorm}; LAMB(optim_bits=8) takes any")
-        super().__init__(
-            params,
-            lr,
-            bias_correction,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            adam_w_mode,
-            args,
-            min_8bit_size,
-            max_unorm,
-            **options,
-        )
 
 
 class LAMB32bit(_LAMBOfWidth):

@@ -98,7 +98,10 @@ fn every_sixteen_bit_number_quantizes_as_the_reference_does() {
 }
 
 /// Sizes around those of tiles, panels and depths.
-const SIZES: [(usize, usize, usize); 14] = [
+const SIZES: [(usize, usize, usize); 17] = [
+    (32, 50, 128),
+    (100, 33, 1024 + 64),
+    (200, 65, 1024),
     (1, 1, 1),
     (1, 5, 64),
     (2, 3, 63),
@@ -335,7 +338,7 @@ proptest! {
     }
 
     #[test]
-    fn products_of_any_size_are_exact(m in 0usize..20, n in 0usize..70, k in 0usize..200, seed: u64) {
+    fn products_of_any_size_are_exact(m in 0usize..160, n in 0usize..120, k in 0usize..700, seed: u64) {
         let mut noise = Noise::new(seed);
         let (a, b) = (codes(&mut noise, m * k), codes(&mut noise, n * k));
         let (mut got, mut want) = (vec![0; m * n], vec![0; m * n]);

@@ -1,13 +1,16 @@
 //! LLM.int8() on the CPU with chosen instructions. [`super::linear_into`] and the others choose the best ones.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__m256i, __m512i};
+use std::cell::Cell;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-#[cfg(target_arch = "x86_64")]
-use super::cpu_avx2;
-#[cfg(target_arch = "x86_64")]
-use super::cpu_avx512;
 use super::cpu_dot::{Dot, Plain};
 use super::cpu_product::{Finish, Floats, multiply};
+#[cfg(target_arch = "x86_64")]
+use super::cpu_rows;
+#[cfg(target_arch = "x86_64")]
+use super::cpu_vector::{Bytes, Words};
 use super::{area, check_len, check_product, check_rows, check_rows_of, check_stats, check_threshold};
 use super::{columns_of, reference, zero_columns};
 #[cfg(target_arch = "x86_64")]
@@ -109,8 +112,9 @@ pub fn quantize_rows<T: Element>(
     let tasks = x.chunks(rows * k).zip(codes.chunks_mut(rows * k)).zip(stats.chunks_mut(rows));
     for_each_task(tasks.collect(), |((x, codes), stats)| {
         let mut mine = found.as_ref().map(|_| vec![0u32; k.div_ceil(32)]);
+        let mut places = Vec::new();
         for ((x, codes), stat) in x.chunks_exact(k).zip(codes.chunks_exact_mut(k)).zip(stats) {
-            quantize_row(level, x, threshold, codes, stat, mine.as_deref_mut());
+            quantize_row(level, x, threshold, codes, stat, mine.as_deref_mut(), &mut places);
         }
         if let (Some(found), Some(mine)) = (&found, mine) {
             // Words are only ever or-ed to, so a panic elsewhere leaves nothing half done.
@@ -121,7 +125,8 @@ pub fn quantize_rows<T: Element>(
     Ok(())
 }
 
-/// A row: its codes, its statistic, and its outliers' columns in the bitmap. The level has been checked.
+/// A row: its codes, its statistic, and its outliers' columns in the bitmap. The level has been checked. `places` is for the
+/// use of vectorized code.
 fn quantize_row<T: Element>(
     level: Level,
     x: &[T],
@@ -129,16 +134,14 @@ fn quantize_row<T: Element>(
     codes: &mut [i8],
     stat: &mut f32,
     outliers: Option<&mut [u32]>,
+    places: &mut Vec<(usize, u32)>,
 ) {
     match level {
+        // SAFETY: the level has been checked, and both have AVX2.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 | Level::Avx512 => {
-            let threshold = if outliers.is_some() { threshold } else { f32::INFINITY };
-            // SAFETY: the level has been checked, and both have AVX2.
-            *stat = unsafe { cpu_avx2::row_stat(x, threshold, outliers) };
-            // SAFETY: as above.
-            unsafe { cpu_avx2::encode_row(x, *stat, threshold, codes) };
-        }
+        Level::Avx2 | Level::Avx512 => unsafe {
+            *stat = cpu_rows::quantize_row(x, threshold, codes, outliers, places);
+        },
         _ => {
             let mut bitmap = outliers.is_some().then(|| vec![0; x.len().div_ceil(32)]);
             let one = std::slice::from_mut(stat);
@@ -245,7 +248,7 @@ impl<T: Element> Finish for Scaled<'_, T> {
             // SAFETY: the level has been checked, and both have AVX2.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 | Level::Avx512 => unsafe {
-                cpu_avx2::scale_row(sums, row_stat, column_stats, floats, bias, out);
+                cpu_rows::scale_row(sums, row_stat, column_stats, floats, bias, out);
             },
             _ => {
                 for (i, out) in out.iter_mut().enumerate() {
@@ -279,13 +282,13 @@ fn product<F: Finish>(
     }
     let run = match instructions {
         #[cfg(target_arch = "x86_64")]
-        Instructions::Avx512Vnni => with::<cpu_avx512::Vnni, F>,
+        Instructions::Avx512Vnni => with::<Bytes<__m512i>, F>,
         #[cfg(target_arch = "x86_64")]
-        Instructions::Avx512 => with::<cpu_avx512::Words, F>,
+        Instructions::Avx512 => with::<Words<__m512i>, F>,
         #[cfg(target_arch = "x86_64")]
-        Instructions::AvxVnni => with::<cpu_avx2::Vnni, F>,
+        Instructions::AvxVnni => with::<Bytes<__m256i>, F>,
         #[cfg(target_arch = "x86_64")]
-        Instructions::Avx2 => with::<cpu_avx2::Words, F>,
+        Instructions::Avx2 => with::<Words<__m256i>, F>,
         _ => with::<Plain, F>,
     };
     run(a, b, mnk, floats, finish, out);
@@ -333,13 +336,17 @@ fn gather<X: Element>(level: Level, x: &[X], a: &[i8], k: usize, stats: &[f32], 
         let tasks =
             x.chunks(rows * k).zip(a.chunks(rows * k)).zip(stats.chunks(rows)).zip(values.chunks_mut(rows * count));
         for_each_task(tasks.collect(), |(((x, a), stats), values)| {
-            let mut wide = vec![0.0; k];
+            // One conversion is a call; of many columns, whole rows are converted by vectors.
+            let mut wide = if count > k / 16 { vec![0.0; k] } else { Vec::new() };
             for (((x, a), &stat), values) in
                 x.chunks_exact(k).zip(a.chunks_exact(k)).zip(stats).zip(values.chunks_exact_mut(count))
             {
-                widen(level, x, &mut wide);
+                if !wide.is_empty() {
+                    widen(level, x, &mut wide);
+                }
                 for (value, &column) in values.iter_mut().zip(&columns) {
-                    *value = reference::residual(wide[column], a[column], stat);
+                    let v = wide.get(column).copied().unwrap_or_else(|| x[column].to_f32());
+                    *value = reference::residual(v, a[column], stat);
                 }
             }
         });
@@ -388,14 +395,35 @@ pub fn linear<T: Element>(
     check_len("x", x.len(), area("x", m, k)?)?;
     check_product((m, n, k), x.len(), b.len(), bias.map(<[T]>::len), out.len())?;
     check_len("column_stats", column_stats.len(), n)?;
-    let (mut codes, mut stats, mut outliers) = (vec![0; m * k], vec![0.0; m], vec![0; k.div_ceil(32)]);
-    quantize_rows(instructions, x, k, threshold, &mut codes, &mut stats, Some(&mut outliers))?;
-    if outliers.iter().any(|&word| word != 0) {
-        zero_columns(&mut codes, k, &outliers)?;
-        mixed(instructions, x, &codes, b, (m, n, k), &stats, column_stats, &outliers, bias, out)
-    } else {
-        scaled(instructions, &codes, b, (m, n, k), &stats, column_stats, bias, out)
+    let (mut stats, mut outliers) = (vec![0.0; m], vec![0; k.div_ceil(32)]);
+    with_codes(m * k, |codes| {
+        quantize_rows(instructions, x, k, threshold, codes, &mut stats, Some(&mut outliers))?;
+        if outliers.iter().any(|&word| word != 0) {
+            zero_columns(codes, k, &outliers)?;
+            mixed(instructions, x, codes, b, (m, n, k), &stats, column_stats, &outliers, bias, out)
+        } else {
+            scaled(instructions, codes, b, (m, n, k), &stats, column_stats, bias, out)
+        }
+    })
+}
+
+/// Calls `body` with `len` codes, whatever they are. A layer after the other uses the same memory: the first touch of pages
+/// that are new to the process takes longer than quantizing to them.
+fn with_codes<R>(len: usize, body: impl FnOnce(&mut [i8]) -> R) -> R {
+    /// Most that a thread keeps.
+    const KEPT: usize = 1 << 24;
+    thread_local! {
+        static CODES: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
     }
+    let mut codes = CODES.take();
+    if codes.len() < len {
+        codes = vec![0; len];
+    }
+    let result = body(&mut codes[..len]);
+    if codes.len() <= KEPT {
+        CODES.set(codes);
+    }
+    result
 }
 
 /// [`super::dequantize_product_into`] with these instructions.
@@ -446,7 +474,7 @@ pub fn dequantize<T: Element>(
         Level::Avx2 | Level::Avx512 => {
             for ((codes, out), &stat) in codes.chunks_exact(k).zip(out.chunks_exact_mut(k)).zip(stats) {
                 // SAFETY: the level has been checked, and both have AVX2.
-                unsafe { cpu_avx2::decode_row(codes, stat, out) };
+                unsafe { cpu_rows::decode_row(codes, stat, out) };
             }
         }
         _ => reference::dequantize(codes, k, stats, out),

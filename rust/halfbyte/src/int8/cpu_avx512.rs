@@ -2,17 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::cpu_dot::Dot;
-use super::cpu_product::{Finish, Job, PANEL, Part, part};
+use super::cpu_product::{Job, PANEL, Part, Sink, part};
+use super::cpu_vector::{Bytes, Vector, Words};
 use crate::four_bit::cpu_avx512::Avx512 as Floats;
-
-/// Vectors of 64 bytes.
-#[derive(Clone, Copy)]
-pub(super) struct Vnni;
-
-/// Vectors of 32 codes of 16 bits.
-#[derive(Clone, Copy)]
-pub(super) struct Words;
 
 /// The totals of four vectors: transposed by halves until their lanes stand one above the other.
 #[inline]
@@ -71,165 +63,123 @@ unsafe fn transpose(rows: &[__m512i; 16], p: *mut i32) {
     }
 }
 
-/// What both types do alike for packed panels.
-macro_rules! packed_panels {
-    () => {
-        const LANES: usize = 16;
-        const PACKED_ROWS: usize = 8;
-
-        #[inline(always)]
-        unsafe fn transpose(vectors: &[__m512i], p: *mut i32) {
-            let vectors = vectors.first_chunk().expect("LANES vectors");
-            // SAFETY: the contract of `Dot`.
-            unsafe { transpose(vectors, p) }
-        }
-
-        #[inline(always)]
-        unsafe fn splat(p: *const Self::Left) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
-        }
-
-        #[inline(always)]
-        unsafe fn packed(p: *const i32) -> __m512i {
-            // SAFETY: as above.
-            unsafe { _mm512_loadu_si512(p.cast()) }
-        }
-
-        #[inline(always)]
-        unsafe fn add_to(sum: __m512i, p: *mut i32) {
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_si512(p.cast(), _mm512_add_epi32(sum, _mm512_loadu_si512(p.cast()))) }
-        }
-    };
-}
-
-impl Dot for Vnni {
-    type Left = u8;
-    type A = __m512i;
-    type B = __m512i;
-    type Sum = __m512i;
+impl Vector for __m512i {
     type Floats = Floats;
-    const STEP: usize = 64;
-    const BIAS: i32 = 128;
+    const BYTES: usize = 64;
     const ROWS: usize = 6;
     const FLOAT_ROWS: usize = 4;
-    const ONE: u8 = 1;
-    packed_panels!();
+    const PACKED_ROWS: usize = 8;
 
     #[inline(always)]
-    fn encode(code: i8) -> u8 {
-        code.cast_unsigned() ^ 0x80
-    }
-
-    #[inline(always)]
-    unsafe fn zero() -> __m512i {
-        // SAFETY: the contract of `Dot`, here and below.
+    unsafe fn zero() -> Self {
+        // SAFETY: the contract of `Vector`, here and below.
         unsafe { _mm512_setzero_si512() }
     }
 
     #[inline(always)]
-    unsafe fn left(p: *const u8) -> __m512i {
+    unsafe fn splat_i8(byte: i8) -> Self {
+        // SAFETY: as above.
+        unsafe { _mm512_set1_epi8(byte) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_i16(word: i16) -> Self {
+        // SAFETY: as above.
+        unsafe { _mm512_set1_epi16(word) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_i32(lane: i32) -> Self {
+        // SAFETY: as above.
+        unsafe { _mm512_set1_epi32(lane) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self {
         // SAFETY: as above.
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn right(p: *const i8) -> __m512i {
+    unsafe fn store(self, p: *mut u8) {
         // SAFETY: as above.
-        unsafe { _mm512_loadu_si512(p.cast()) }
+        unsafe { _mm512_storeu_si512(p.cast(), self) }
     }
 
     #[inline(always)]
-    unsafe fn right_some(p: *const i8, count: usize) -> __m512i {
+    unsafe fn load_some(p: *const i8, count: usize) -> Self {
         // SAFETY: as above; bytes that are not asked for are not touched.
         unsafe { _mm512_maskz_loadu_epi8((1 << count) - 1, p) }
     }
 
     #[inline(always)]
-    unsafe fn dot(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: as above.
-        unsafe { _mm512_dpbusd_epi32(sum, a, b) }
-    }
-
-    #[inline(always)]
-    unsafe fn totals(sums: [__m512i; 4]) -> [i32; 4] {
-        // SAFETY: as above.
-        unsafe { totals(sums) }
-    }
-
-    unsafe fn run<F: Finish>(job: &Job<'_, Self, F>, its: Part<'_, F::Out>) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-        unsafe fn compiled<F: Finish>(job: &Job<'_, Vnni, F>, its: Part<'_, F::Out>) {
-            // SAFETY: passed on.
-            unsafe { part(job, its) }
-        }
-        // SAFETY: passed on.
-        unsafe { compiled(job, its) }
-    }
-}
-
-impl Dot for Words {
-    type Left = i16;
-    type A = __m512i;
-    type B = __m512i;
-    type Sum = __m512i;
-    type Floats = Floats;
-    const STEP: usize = 32;
-    const BIAS: i32 = 0;
-    const ROWS: usize = 6;
-    const FLOAT_ROWS: usize = 4;
-    const ONE: i16 = 1;
-    packed_panels!();
-
-    #[inline(always)]
-    fn encode(code: i8) -> i16 {
-        code.into()
-    }
-
-    #[inline(always)]
-    unsafe fn zero() -> __m512i {
-        // SAFETY: the contract of `Dot`, here and below.
-        unsafe { _mm512_setzero_si512() }
-    }
-
-    #[inline(always)]
-    unsafe fn left(p: *const i16) -> __m512i {
-        // SAFETY: as above.
-        unsafe { _mm512_loadu_si512(p.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn right(p: *const i8) -> __m512i {
+    unsafe fn widen(p: *const i8) -> Self {
         // SAFETY: as above.
         unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast())) }
     }
 
     #[inline(always)]
-    unsafe fn right_some(p: *const i8, count: usize) -> __m512i {
+    unsafe fn widen_some(p: *const i8, count: usize) -> Self {
         // SAFETY: as above; bytes that are not asked for are not touched.
         unsafe { _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1 << count) - 1, p)) }
     }
 
     #[inline(always)]
-    unsafe fn dot(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: as above. Two products of codes are far from the limits of 32 bits.
-        unsafe { _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)) }
+    unsafe fn xor(self, other: Self) -> Self {
+        // SAFETY: as above.
+        unsafe { _mm512_xor_si512(self, other) }
     }
 
     #[inline(always)]
-    unsafe fn totals(sums: [__m512i; 4]) -> [i32; 4] {
+    unsafe fn add(self, other: Self) -> Self {
         // SAFETY: as above.
-        unsafe { totals(sums) }
+        unsafe { _mm512_add_epi32(self, other) }
     }
 
-    unsafe fn run<F: Finish>(job: &Job<'_, Self, F>, its: Part<'_, F::Out>) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-        unsafe fn compiled<F: Finish>(job: &Job<'_, Words, F>, its: Part<'_, F::Out>) {
+    #[inline(always)]
+    unsafe fn dot_bytes(self, unsigned: Self, signed: Self) -> Self {
+        // SAFETY: as above.
+        unsafe { _mm512_dpbusd_epi32(self, unsigned, signed) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_words(self, other: Self) -> Self {
+        // SAFETY: as above.
+        unsafe { _mm512_madd_epi16(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn totals(vectors: [Self; 4]) -> [i32; 4] {
+        // SAFETY: as above.
+        unsafe { totals(vectors) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(vectors: &[Self], p: *mut i32) {
+        let vectors = vectors.first_chunk().expect("as many vectors as lanes");
+        // SAFETY: as above.
+        unsafe { transpose(vectors, p) }
+    }
+
+    #[inline(always)]
+    unsafe fn run_bytes(job: &Job<'_, Bytes<Self>>, its: Part, sink: &mut Sink<'_>) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        unsafe fn compiled(job: &Job<'_, Bytes<__m512i>>, its: Part, sink: &mut Sink<'_>) {
             // SAFETY: passed on.
-            unsafe { part(job, its) }
+            unsafe { part(job, its, sink) }
         }
-        // SAFETY: passed on.
-        unsafe { compiled(job, its) }
+        // SAFETY: as above.
+        unsafe { compiled(job, its, sink) }
+    }
+
+    #[inline(always)]
+    unsafe fn run_words(job: &Job<'_, Words<Self>>, its: Part, sink: &mut Sink<'_>) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        unsafe fn compiled(job: &Job<'_, Words<__m512i>>, its: Part, sink: &mut Sink<'_>) {
+            // SAFETY: passed on.
+            unsafe { part(job, its, sink) }
+        }
+        // SAFETY: as above.
+        unsafe { compiled(job, its, sink) }
     }
 }

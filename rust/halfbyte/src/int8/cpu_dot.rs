@@ -4,13 +4,13 @@
 //! Every `unsafe fn` here has the same contract: *the CPU has the instructions of the implementing type*, and pointers are
 //! good for as many elements as the text says.
 
-use super::cpu_product::{Finish, Job, Part, part};
+use super::cpu_product::{Job, Part, Sink, part};
 use crate::four_bit::cpu_lanes::{Lanes, Portable};
 
 /// Dot products of 8-bit codes, several in a vector.
 ///
-/// Instructions that multiply bytes take one side unsigned; there, the left side is `code + BIAS`, and the kernel subtracts
-/// `BIAS` times the sum of the right side.
+/// Instructions that multiply bytes take one side unsigned; there, the right side is `code + BIAS`, and the kernel subtracts
+/// `BIAS` times the sum of the left side, which it reads once.
 pub(super) trait Dot: Copy + 'static {
     /// An element of the left side.
     type Left: Copy + Default + Send + Sync;
@@ -23,26 +23,31 @@ pub(super) trait Dot: Copy + 'static {
 
     /// Codes in a vector.
     const STEP: usize;
-    /// What is added to codes of the left side.
+    /// What is added to codes of the right side.
     const BIAS: i32;
     /// Rows of the left side whose sums fit in registers, with four of the right side; at most six.
     const ROWS: usize;
     /// Rows of the left side whose fp32 sums over a panel fit in registers.
     const FLOAT_ROWS: usize;
-    /// 1 on the left side, not biased.
-    const ONE: Self::Left;
     /// 32-bit lanes of a vector. A lane holds `STEP / LANES` codes.
     const LANES: usize;
-    /// Rows of the left side whose sums over a packed panel fit in registers: 8, 2, or 0 for code that does not pack.
+    /// Rows of the left side whose sums over three vectors of a packed panel fit in registers: 8, 3, or 0 for code that does
+    /// not pack.
     const PACKED_ROWS: usize = 0;
 
     fn encode(code: i8) -> Self::Left;
+    /// Codes as a left side, where they need no encoding.
+    fn as_is(_codes: &[i8]) -> Option<&[Self::Left]> {
+        None
+    }
     unsafe fn zero() -> Self::Sum;
     /// `STEP` elements at `p`.
     unsafe fn left(p: *const Self::Left) -> Self::A;
+    /// A vector of ones that are not biased.
+    unsafe fn ones() -> Self::B;
     /// `STEP` codes at `p`.
     unsafe fn right(p: *const i8) -> Self::B;
-    /// `count` codes at `p`, fewer than `STEP`, and zeros after them.
+    /// `count` codes at `p`, fewer than `STEP`, and after them what is multiplied with zeros.
     unsafe fn right_some(p: *const i8, count: usize) -> Self::B;
     /// `sum` plus products; which lane they go to is the type's affair.
     unsafe fn dot(sum: Self::Sum, a: Self::A, b: Self::B) -> Self::Sum;
@@ -60,12 +65,20 @@ pub(super) trait Dot: Copy + 'static {
     unsafe fn packed(_p: *const i32) -> Self::B {
         unreachable!("only where PACKED_ROWS is not 0")
     }
-    /// Adds a vector of sums to `LANES` numbers at `p`.
-    unsafe fn add_to(_sum: Self::Sum, _p: *mut i32) {
+    /// All sums `value`.
+    unsafe fn start(_value: i32) -> Self::Sum {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
+    /// The `LANES` sums at `p`.
+    unsafe fn sums(_p: *const i32) -> Self::Sum {
+        unreachable!("only where PACKED_ROWS is not 0")
+    }
+    /// Writes a vector of sums to `p`.
+    unsafe fn write(_sum: Self::Sum, _p: *mut i32) {
         unreachable!("only where PACKED_ROWS is not 0")
     }
     /// [`part`], compiled with the instructions.
-    unsafe fn run<F: Finish>(job: &Job<'_, Self, F>, part: Part<'_, F::Out>);
+    unsafe fn run(job: &Job<'_, Self>, part: Part, sink: &mut Sink<'_>);
 }
 
 /// Sixteen codes in an array: code for any CPU.
@@ -82,7 +95,6 @@ impl Dot for Plain {
     const BIAS: i32 = 0;
     const ROWS: usize = 1;
     const FLOAT_ROWS: usize = 1;
-    const ONE: i16 = 1;
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -99,6 +111,11 @@ impl Dot for Plain {
     unsafe fn left(p: *const i16) -> [i16; 16] {
         // SAFETY: the contract of `Dot`; an array needs no more alignment than its elements.
         unsafe { *p.cast() }
+    }
+
+    #[inline(always)]
+    unsafe fn ones() -> [i16; 16] {
+        [1; 16]
     }
 
     #[inline(always)]
@@ -124,8 +141,8 @@ impl Dot for Plain {
         sums.map(|sum| sum.into_iter().fold(0, i32::wrapping_add))
     }
 
-    unsafe fn run<F: Finish>(job: &Job<'_, Self, F>, its: Part<'_, F::Out>) {
+    unsafe fn run(job: &Job<'_, Self>, its: Part, sink: &mut Sink<'_>) {
         // SAFETY: portable code needs no instructions.
-        unsafe { part(job, its) }
+        unsafe { part(job, its, sink) }
     }
 }

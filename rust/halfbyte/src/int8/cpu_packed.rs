@@ -10,7 +10,7 @@
 use std::ops::{Deref, DerefMut};
 
 use super::cpu_dot::Dot;
-use super::cpu_product::{DEPTH, Job, PANEL};
+use super::cpu_product::{Job, PANEL};
 
 /// Elements that start at a cache line, so that vectors do not cross one.
 pub(super) struct Aligned<T> {
@@ -42,50 +42,61 @@ impl<T> DerefMut for Aligned<T> {
     }
 }
 
-/// Sums of `rows` rows of `a` with `here` rows of `b`, added to `sums`.
+/// Groups of codes that are worked on together: with the panel's width of 48 lanes, half of a first-level cache of 48 KiB.
+const GROUPS: usize = 128;
+
+/// Columns that are worked on together.
+pub(super) const fn depth_of<D: Dot>() -> usize {
+    GROUPS * (D::STEP / D::LANES)
+}
+
+/// The lanes of a packed panel of rows of `k` codes.
+pub(super) fn packed_len<D: Dot>(k: usize) -> usize {
+    depth_of::<D>().min(k.next_multiple_of(D::STEP)) / (D::STEP / D::LANES) * PANEL
+}
+
+/// Sums of rows of `a` with at most PANEL rows of `b`, both given by the first one and how many; what the sums of a row of `a`
+/// start from is in `starts`. `done` gets the number of a row, how many there are from it on, and their sums, when they are
+/// complete.
 ///
 /// # Safety
 /// The CPU has the instructions of `D`, and the rows exist.
 #[inline(always)]
-pub(super) unsafe fn packed_panel<D: Dot, F>(
-    job: &Job<'_, D, F>,
-    ones: &[D::Left],
-    row: usize,
-    rows: usize,
-    first: usize,
-    here: usize,
+pub(super) unsafe fn packed_panel<D: Dot>(
+    job: &Job<'_, D>,
+    (row, rows): (usize, usize),
+    (first, here): (usize, usize),
+    starts: &[i32],
     packed: &mut [i32],
     sums: &mut [i32],
+    mut done: impl FnMut(usize, usize, &[i32]),
 ) {
-    let (k, stride) = (job.k, job.stride);
-    assert!(job.left.len() >= (row + rows) * stride && sums.len() >= rows * PANEL);
-    for from in (0..k).step_by(DEPTH) {
-        let depth = DEPTH.min(k - from);
+    let k = job.k;
+    assert!(sums.len() >= rows * PANEL);
+    for from in (0..k).step_by(depth_of::<D>()) {
+        let depth = depth_of::<D>().min(k - from);
         // SAFETY: passed on.
         unsafe { pack::<D>(&job.b[first * k..(first + here) * k], k, from, depth, packed) };
         let groups = depth.div_ceil(D::STEP / D::LANES);
-        if D::BIAS != 0 {
-            let mut total = [0i32; PANEL];
-            // SAFETY: the instructions are there; `ones` has DEPTH elements or as many as a padded row.
-            unsafe { rows_of::<D, 1>(ones, 0, packed, groups, &mut total) };
-            for sums in sums.chunks_exact_mut(PANEL).take(rows) {
-                sums.iter_mut()
-                    .zip(&total)
-                    .for_each(|(sum, total)| *sum = sum.wrapping_sub(total.wrapping_mul(D::BIAS)));
-            }
-        }
         let mut i = 0;
         while i < rows {
-            let (left, sums) = (&job.left[(row + i) * stride + from..], &mut sums[i * PANEL..]);
+            let ((left, stride), sums) = (job.left_at(row + i, from), &mut sums[i * PANEL..]);
+            let starts = (from == 0).then_some(&starts[i..]);
+            let tile = Tile::<D> { left, stride, packed, groups, vectors: here.div_ceil(D::LANES) };
             // SAFETY: the instructions are there; the slices are checked in the function.
-            i += unsafe {
+            let some = unsafe {
                 match rows - i {
-                    8.. if D::PACKED_ROWS >= 8 => rows_of::<D, 8>(left, stride, packed, groups, sums),
-                    4.. if D::PACKED_ROWS >= 8 => rows_of::<D, 4>(left, stride, packed, groups, sums),
-                    2.. => rows_of::<D, 2>(left, stride, packed, groups, sums),
-                    _ => rows_of::<D, 1>(left, stride, packed, groups, sums),
+                    8.. if D::PACKED_ROWS >= 8 => tile.rows::<8>(starts, sums),
+                    4.. if D::PACKED_ROWS >= 8 => tile.rows::<4>(starts, sums),
+                    3.. => tile.rows::<3>(starts, sums),
+                    2.. => tile.rows::<2>(starts, sums),
+                    _ => tile.rows::<1>(starts, sums),
                 }
             };
+            if from + depth == k {
+                done(i, some, sums);
+            }
+            i += some;
         }
     }
 }
@@ -97,10 +108,14 @@ pub(super) unsafe fn packed_panel<D: Dot, F>(
 #[inline(always)]
 unsafe fn pack<D: Dot>(b: &[i8], k: usize, from: usize, depth: usize, packed: &mut [i32]) {
     let rows = b.len() / k;
-    assert!(packed.len() >= depth.div_ceil(D::STEP) * D::LANES * PANEL && from + depth <= k && rows > 0);
-    for (block, at) in (0..depth).step_by(D::STEP).enumerate() {
+    assert!(
+        packed.len() >= depth.div_ceil(D::STEP) * D::LANES * PANEL && from + depth <= k && rows > 0 && rows <= PANEL
+    );
+    let mut at = 0;
+    while at < depth {
         let count = D::STEP.min(depth - at);
-        for lane in (0..PANEL).step_by(D::LANES) {
+        let mut lane = 0;
+        while lane < rows {
             // SAFETY: `count` codes from column `from + at` on are there in each row; what is written is checked above.
             unsafe {
                 let mut vectors = [D::right_some(b.as_ptr(), 0); 16];
@@ -111,81 +126,102 @@ unsafe fn pack<D: Dot>(b: &[i8], k: usize, from: usize, depth: usize, packed: &m
                     vectors[i] = if count == D::STEP { D::right(p) } else { D::right_some(p, count) };
                     i += 1;
                 }
-                D::transpose(&vectors, packed.as_mut_ptr().add(block * D::LANES * PANEL + lane));
+                D::transpose(&vectors, packed.as_mut_ptr().add(at / D::STEP * D::LANES * PANEL + lane));
             }
+            lane += D::LANES;
         }
+        at += D::STEP;
     }
 }
 
-/// Adds the dot products of `M` rows with the panel to `sums`; returns `M`.
-///
-/// # Safety
-/// The CPU has the instructions of `D`.
-#[inline(always)]
-unsafe fn rows_of<D: Dot, const M: usize>(
-    left: &[D::Left],
+/// Rows of the left side, `stride` apart, and a packed panel of which the first `vectors` vectors count.
+struct Tile<'a, D: Dot> {
+    left: &'a [D::Left],
     stride: usize,
-    packed: &[i32],
+    packed: &'a [i32],
     groups: usize,
-    sums: &mut [i32],
-) -> usize {
-    assert!(left.len() >= (M - 1) * stride + groups * (D::STEP / D::LANES));
-    assert!(packed.len() >= groups * PANEL && sums.len() >= M * PANEL);
-    // SAFETY: the instructions are there, and the assertions are about the very elements read and written.
-    unsafe {
-        if D::LANES == 16 {
-            tile::<D, M, 3>(left.as_ptr(), stride, packed.as_ptr(), groups, sums.as_mut_ptr());
-        } else {
-            tile::<D, M, 6>(left.as_ptr(), stride, packed.as_ptr(), groups, sums.as_mut_ptr());
-        }
-    }
-    M
+    vectors: usize,
 }
 
-/// The tile of [`rows_of`]; `V` vectors are a panel.
-///
-/// # Safety
-/// The CPU has the instructions of `D`, and what is read and written is there.
-#[inline(always)]
-unsafe fn tile<D: Dot, const M: usize, const V: usize>(
-    left: *const D::Left,
-    stride: usize,
-    packed: *const i32,
-    groups: usize,
-    sums: *mut i32,
-) {
-    // Loops by hand, for the reason given in `cpu_product`.
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut tile = [[D::zero(); V]; M];
-        let mut group = 0;
-        while group < groups {
-            let mut b = [D::packed(packed.add(group * PANEL)); V];
-            let mut v = 1;
-            while v < V {
-                b[v] = D::packed(packed.add(group * PANEL + v * D::LANES));
-                v += 1;
+impl<D: Dot> Tile<'_, D> {
+    /// The dot products of `M` rows with the panel, which start from `starts`, or else are added to `sums`; returns `M`.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `D`.
+    #[inline(always)]
+    unsafe fn rows<const M: usize>(&self, starts: Option<&[i32]>, sums: &mut [i32]) -> usize {
+        let mut v = 0;
+        while v < self.vectors {
+            // SAFETY: passed on.
+            unsafe {
+                match self.vectors - v {
+                    1 => self.run::<M, 1>(v, starts, sums),
+                    2 => self.run::<M, 2>(v, starts, sums),
+                    _ => self.run::<M, 3>(v, starts, sums),
+                }
             }
+            v += 3;
+        }
+        M
+    }
+
+    /// The same for `V` vectors of the panel from number `first` on.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `D`.
+    #[inline(always)]
+    unsafe fn run<const M: usize, const V: usize>(&self, first: usize, starts: Option<&[i32]>, sums: &mut [i32]) {
+        let codes = D::STEP / D::LANES;
+        let (packed, sums) = (&self.packed[first * D::LANES..], &mut sums[first * D::LANES..]);
+        assert!(self.left.len() >= (M - 1) * self.stride + self.groups * codes && self.groups > 0);
+        assert!(packed.len() >= (self.groups - 1) * PANEL + V * D::LANES);
+        assert!(sums.len() >= (M - 1) * PANEL + V * D::LANES);
+        let (left, packed, sums) = (self.left.as_ptr(), packed.as_ptr(), sums.as_mut_ptr());
+        // Loops by hand, for the reason given in `cpu_product`.
+        // SAFETY: the instructions are there, and the assertions are about the very elements read and written.
+        unsafe {
+            let mut tile = [[D::zero(); V]; M];
             let mut i = 0;
             while i < M {
-                let a = D::splat(left.add(i * stride + group * (D::STEP / D::LANES)));
                 let mut v = 0;
                 while v < V {
-                    tile[i][v] = D::dot(tile[i][v], a, b[v]);
+                    tile[i][v] = match starts {
+                        Some(starts) => D::start(starts[i]),
+                        None => D::sums(sums.add(i * PANEL + v * D::LANES)),
+                    };
                     v += 1;
                 }
                 i += 1;
             }
-            group += 1;
-        }
-        let mut i = 0;
-        while i < M {
-            let mut v = 0;
-            while v < V {
-                D::add_to(tile[i][v], sums.add(i * PANEL + v * D::LANES));
-                v += 1;
+            let mut group = 0;
+            while group < self.groups {
+                let mut b = [D::packed(packed.add(group * PANEL)); V];
+                let mut v = 1;
+                while v < V {
+                    b[v] = D::packed(packed.add(group * PANEL + v * D::LANES));
+                    v += 1;
+                }
+                let mut i = 0;
+                while i < M {
+                    let a = D::splat(left.add(i * self.stride + group * codes));
+                    let mut v = 0;
+                    while v < V {
+                        tile[i][v] = D::dot(tile[i][v], a, b[v]);
+                        v += 1;
+                    }
+                    i += 1;
+                }
+                group += 1;
             }
-            i += 1;
+            let mut i = 0;
+            while i < M {
+                let mut v = 0;
+                while v < V {
+                    D::write(tile[i][v], sums.add(i * PANEL + v * D::LANES));
+                    v += 1;
+                }
+                i += 1;
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `a · bᵀ` of 8-bit codes on the CPU, written once for all instruction sets.
 //!
 //! ```text
-//! a, left    rows of codes, prepared once: biased or widened, and padded to whole vectors
+//! a, left    rows of codes; where they are to be widened or are not whole vectors, a copy is made, once
 //! b, right   rows of codes as they are, a panel of PANEL rows by DEPTH columns in the second-level cache
 //! tile       ROWS rows of a (in the first-level cache) × 4 rows of b: as many vectors of sums as fit in registers
 //! ```
@@ -14,7 +14,7 @@
 use std::array;
 
 use super::cpu_dot::Dot;
-use super::cpu_packed::{Aligned, packed_panel};
+use super::cpu_packed::{Aligned, depth_of, packed_len, packed_panel};
 use super::reference::UNIT;
 use crate::device::cpu::{for_each_task, share};
 use crate::four_bit::cpu_lanes::Lanes;
@@ -28,6 +28,9 @@ pub(super) const DEPTH: usize = 4096;
 /// Rows of `a` from which on a panel of `b` is packed first, for a kernel without totals.
 const WORTH_PACKING: usize = 24;
 
+/// Rows of `a` from which on they are copied to blocks of columns.
+const WORTH_BLOCKS: usize = 128;
+
 /// Rows of `a` that are worked on together.
 const TOGETHER: usize = 256;
 
@@ -36,6 +39,9 @@ const QUAD: usize = 4;
 
 /// Columns in floating point that are gathered at once.
 const FLOAT_DEPTH: usize = 256;
+
+/// Columns in floating point up to which those of the next panel are fetched ahead.
+const FEW_COLUMNS: usize = 16;
 
 /// Products below which a second thread does not pay.
 const GRAIN: usize = 1 << 19;
@@ -48,6 +54,19 @@ pub(super) trait Finish: Sync {
     fn finish(&self, row: usize, first: usize, sums: &[i32], floats: Option<&[f32]>, out: &mut [Self::Out]);
 }
 
+/// Takes complete sums. So the kernel, most of the code, is one for all types of results.
+pub(super) type Sink<'a> = dyn FnMut(Done<'_>) + 'a;
+
+/// Complete sums of rows and columns of a task, rows PANEL apart, and their part in floating point.
+pub(super) struct Done<'a> {
+    row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+    sums: &'a [i32],
+    floats: Option<&'a [f32]>,
+}
+
 /// Columns to multiply in floating point.
 pub(super) struct Floats {
     /// Their numbers.
@@ -57,21 +76,37 @@ pub(super) struct Floats {
 }
 
 /// A product: what all tasks share.
-pub(super) struct Job<'a, D: Dot, F> {
-    pub(super) left: Aligned<D::Left>,
-    pub(super) stride: usize,
+pub(super) struct Job<'a, D: Dot> {
+    /// Rows of `k` codes, padded with zeros to `stride`, whole vectors: `[block of depth columns][row][column]`.
+    left: &'a [D::Left],
+    m: usize,
+    stride: usize,
+    depth: usize,
+    /// Whether panels of `b` are packed first.
+    packs: bool,
     pub(super) b: &'a [i8],
     pub(super) k: usize,
     /// With the statistics of the rows of `b`.
     floats: Option<(&'a Floats, &'a [f32])>,
-    finish: &'a F,
 }
 
-/// Results of a task: `rows[i][j]` is of row `row + i` of `a` and row `first + j` of `b`.
-pub(super) struct Part<'a, T> {
+impl<D: Dot> Job<'_, D> {
+    /// The left side from row `row` and column `from` on, which starts a block, or lies in the only one; and how far apart its
+    /// rows are.
+    pub(super) fn left_at(&self, row: usize, from: usize) -> (&[D::Left], usize) {
+        let start = from - from % self.depth;
+        let width = self.depth.min(self.stride - start);
+        (&self.left[self.m * start + row * width + from % self.depth..], width)
+    }
+}
+
+/// A task: `rows` rows of `a` from `row` on with `columns` rows of `b` from `first` on.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
     row: usize,
+    rows: usize,
     first: usize,
-    rows: Vec<&'a mut [T]>,
+    columns: usize,
 }
 
 /// Multiplies on all threads.
@@ -91,34 +126,57 @@ pub(super) unsafe fn multiply<D: Dot, F: Finish>(
         return;
     }
     let stride = k.next_multiple_of(D::STEP);
-    let job = Job::<D, F> { left: prepared::<D>(a, m, k, stride), stride, b, k, floats, finish };
+    let packs = D::PACKED_ROWS > 0 && m >= WORTH_PACKING && k > 0;
+    // Blocks bring what is used together together: rows a page apart share sets of the cache and entries of page tables.
+    let blocks = packs && m > WORTH_BLOCKS;
+    let depth = if blocks { depth_of::<D>().min(stride) } else { stride }.max(1);
+    let as_is = if stride == k && !blocks { D::as_is(a) } else { None };
+    let copy = as_is.is_none().then(|| prepared::<D>(a, (m, k), stride, depth));
+    let left = copy.as_deref().or(as_is).unwrap_or_default();
+    let job = Job::<D> { left, m, stride, depth, packs, b, k, floats };
     let work = |rows: usize| GRAIN / (rows * k).max(1);
     let (rows, columns) = if m > n { (share(m, work(n)).next_multiple_of(D::ROWS), n) } else { (m, share(n, work(m))) };
     let columns = columns.next_multiple_of(QUAD);
-    let mut parts: Vec<Part<'_, F::Out>> = Vec::new();
+    let mut tasks: Vec<(Part, Vec<&mut [F::Out]>)> = Vec::new();
     for (block, out) in out.chunks_mut(rows * n).enumerate() {
-        let here = parts.len();
-        let row = block * rows;
-        parts.extend((0..n).step_by(columns).map(|first| Part { row, first, rows: Vec::with_capacity(out.len() / n) }));
+        let (here, row, rows) = (tasks.len(), block * rows, out.len() / n);
+        for first in (0..n).step_by(columns) {
+            tasks.push((Part { row, rows, first, columns: columns.min(n - first) }, Vec::with_capacity(rows)));
+        }
         for out in out.chunks_exact_mut(n) {
-            parts[here..].iter_mut().zip(out.chunks_mut(columns)).for_each(|(part, out)| part.rows.push(out));
+            tasks[here..].iter_mut().zip(out.chunks_mut(columns)).for_each(|((_, outs), out)| outs.push(out));
         }
     }
-    // SAFETY: the caller's promise.
-    for_each_task(parts, |part| unsafe { D::run(&job, part) });
+    for_each_task(tasks, |(part, mut outs)| {
+        let mut sink = |done: Done<'_>| {
+            let outs = outs[done.row..][..done.rows].iter_mut();
+            for (i, (out, sums)) in outs.zip(done.sums.chunks_exact(PANEL)).enumerate() {
+                let out = &mut out[done.column..][..done.columns];
+                let floats = done.floats.map(|floats| &floats[i * PANEL..][..done.columns]);
+                let (row, first) = (part.row + done.row + i, part.first + done.column);
+                finish.finish(row, first, &sums[..done.columns], floats, out);
+            }
+        };
+        // SAFETY: the caller's promise.
+        unsafe { D::run(&job, part, &mut sink) };
+    });
 }
 
-/// The left side: rows of `stride` elements, `k` of them codes. What comes after is multiplied with zeros.
-fn prepared<D: Dot>(a: &[i8], m: usize, k: usize, stride: usize) -> Aligned<D::Left> {
+/// The left side, as [`Job`] has it.
+fn prepared<D: Dot>(a: &[i8], (m, k): (usize, usize), stride: usize, depth: usize) -> Aligned<D::Left> {
     let mut left = Aligned::new(m * stride, D::Left::default());
     if k == 0 {
         return left;
     }
     let rows = share(m, GRAIN / k);
-    let tasks = a.chunks(rows * k).zip(left.chunks_mut(rows * stride));
-    for_each_task(tasks.collect(), |(a, left)| {
-        for (a, left) in a.chunks_exact(k).zip(left.chunks_exact_mut(stride)) {
-            left.iter_mut().zip(a).for_each(|(left, &code)| *left = D::encode(code));
+    let mut tasks = Vec::new();
+    for (block, left) in left.chunks_mut(m * depth).enumerate() {
+        let width = left.len() / m;
+        tasks.extend(left.chunks_mut(rows * width).enumerate().map(|(i, left)| (block * depth, i * rows, width, left)));
+    }
+    for_each_task(tasks, |(from, row, width, left)| {
+        for (a, left) in a[row * k..].chunks_exact(k).zip(left.chunks_exact_mut(width)) {
+            left.iter_mut().zip(&a[from..]).for_each(|(left, &code)| *left = D::encode(code));
         }
     });
     left
@@ -129,41 +187,73 @@ fn prepared<D: Dot>(a: &[i8], m: usize, k: usize, stride: usize) -> Aligned<D::L
 /// # Safety
 /// The CPU has the instructions of `D`; `job` and `part` are as [`multiply`] makes them.
 #[inline(always)]
-pub(super) unsafe fn part<D: Dot, F: Finish>(job: &Job<'_, D, F>, mut part: Part<'_, F::Out>) {
-    let columns = part.rows.first().map_or(0, |row| row.len());
-    let ones = if D::BIAS == 0 { Vec::new() } else { vec![D::ONE; DEPTH.min(job.stride)] };
-    let mut sums = vec![0i32; TOGETHER.min(part.rows.len()) * PANEL];
-    let packs = D::PACKED_ROWS > 0 && part.rows.len() >= WORTH_PACKING;
-    let mut packed = Aligned::new(if packs { DEPTH.min(job.stride) / (D::STEP / D::LANES) * PANEL } else { 0 }, 0i32);
-    let mut floats = job.floats.map(|_| (vec![0f32; sums.len()], vec![0f32; FLOAT_DEPTH * PANEL]));
+pub(super) unsafe fn part<D: Dot>(job: &Job<'_, D>, part: Part, sink: &mut Sink<'_>) {
+    let columns = part.columns;
+    let together = TOGETHER.min(part.rows);
+    let mut sums = vec![0i32; together * PANEL];
+    let mut starts = vec![0i32; together];
     // Where every column is in floating point, all codes of `a` are 0.
-    let integers = job.floats.is_none_or(|(floats, _)| floats.columns.len() < job.k);
-    for (block, outs) in part.rows.chunks_mut(TOGETHER).enumerate() {
-        let row = part.row + block * TOGETHER;
+    let integers = job.floats.is_none_or(|(floats, _)| floats.columns.len() < job.k) && job.k > 0;
+    let mut packed = Aligned::new(if job.packs { packed_len::<D>(job.k) } else { 0 }, 0i32);
+    let mut floats = job.floats.map(|_| (vec![0f32; sums.len()], vec![0f32; FLOAT_DEPTH * PANEL]));
+    for block in (0..part.rows).step_by(TOGETHER) {
+        let (row, rows) = (part.row + block, TOGETHER.min(part.rows - block));
+        if D::BIAS != 0 {
+            for (i, start) in starts.iter_mut().enumerate().take(rows) {
+                // SAFETY: passed on.
+                *start = unsafe { row_total(job, row + i) }.wrapping_mul(-D::BIAS);
+            }
+        }
         for from in (0..columns).step_by(PANEL) {
             let first = part.first + from;
             let here = PANEL.min(columns - from);
-            sums.fill(0);
-            if integers {
-                // SAFETY: passed on; rows `row..row + outs.len()` of `a` and `first..first + here` of `b` exist.
-                unsafe {
-                    if packs && outs.len() >= WORTH_PACKING {
-                        packed_panel(job, &ones, row, outs.len(), first, here, &mut packed, &mut sums);
-                    } else {
-                        panel(job, &ones, row, outs.len(), first, here, &mut sums);
-                    }
-                }
-            }
             if let (Some((sums, gathered)), Some((floats, stats))) = (&mut floats, job.floats) {
-                // SAFETY: as above.
-                unsafe { float_panel(job, floats, stats, row, outs.len(), first, here, gathered, sums) };
+                // SAFETY: passed on; rows `row..row + rows` of `a` and `first..first + here` of `b` exist.
+                unsafe { float_panel(job, floats, stats, row, rows, first, here, gathered, sums) };
             }
-            for (i, out) in outs.iter_mut().enumerate() {
-                let range = i * PANEL..i * PANEL + here;
-                let floats = floats.as_ref().map(|(sums, _)| &sums[range.clone()]);
-                job.finish.finish(row + i, first, &sums[range], floats, &mut out[from..from + here]);
+            let floats = floats.as_ref().map(|(sums, _)| &sums[..]);
+            let mut finish = |i: usize, rows: usize, sums: &[i32]| {
+                let floats = floats.map(|sums| &sums[i * PANEL..]);
+                sink(Done { row: block + i, rows, column: from, columns: here, sums, floats });
+            };
+            if job.packs && integers {
+                // SAFETY: as above.
+                unsafe { packed_panel(job, (row, rows), (first, here), &starts, &mut packed, &mut sums, finish) };
+                continue;
+            }
+            sums.chunks_exact_mut(PANEL).zip(&starts).for_each(|(sums, &start)| sums.fill(start));
+            if integers {
+                // SAFETY: as above.
+                unsafe { panel(job, row, rows, first, here, &mut sums) };
+            }
+            finish(0, rows, &sums);
+        }
+    }
+}
+
+/// The sum of a row of `a`.
+///
+/// # Safety
+/// The CPU has the instructions of `D`.
+#[inline(always)]
+unsafe fn row_total<D: Dot>(job: &Job<'_, D>, row: usize) -> i32 {
+    // SAFETY: the instructions are there, and a row of a block is whole vectors.
+    unsafe {
+        let mut sums = [D::zero(); 4];
+        for from in (0..job.stride).step_by(job.depth) {
+            let (left, width) = job.left_at(row, from);
+            let left = &left[..width];
+            let mut k = 0;
+            while k + 2 * D::STEP <= width {
+                sums[0] = D::dot(sums[0], D::left(left.as_ptr().add(k)), D::ones());
+                sums[1] = D::dot(sums[1], D::left(left.as_ptr().add(k + D::STEP)), D::ones());
+                k += 2 * D::STEP;
+            }
+            if k < width {
+                sums[2] = D::dot(sums[2], D::left(left.as_ptr().add(k)), D::ones());
             }
         }
+        D::totals(sums).into_iter().fold(0, i32::wrapping_add)
     }
 }
 
@@ -172,17 +262,11 @@ pub(super) unsafe fn part<D: Dot, F: Finish>(job: &Job<'_, D, F>, mut part: Part
 /// # Safety
 /// The CPU has the instructions of `D`, and the rows exist.
 #[inline(always)]
-unsafe fn panel<D: Dot, F>(
-    job: &Job<'_, D, F>,
-    ones: &[D::Left],
-    row: usize,
-    rows: usize,
-    first: usize,
-    here: usize,
-    sums: &mut [i32],
-) {
+unsafe fn panel<D: Dot>(job: &Job<'_, D>, row: usize, rows: usize, first: usize, here: usize, sums: &mut [i32]) {
     let k = job.k;
-    assert!(job.left.len() >= (row + rows) * job.stride && job.b.len() >= (first + here) * k);
+    assert!(
+        job.depth >= job.stride && job.left.len() >= (row + rows) * job.stride && job.b.len() >= (first + here) * k
+    );
     assert!(sums.len() >= rows * PANEL && here <= PANEL && DEPTH.is_multiple_of(D::STEP));
     for from in (0..k).step_by(DEPTH) {
         let depth = DEPTH.min(k - from);
@@ -190,21 +274,9 @@ unsafe fn panel<D: Dot, F>(
         let quad = |at: usize| -> [*const i8; QUAD] {
             array::from_fn(|i| job.b[(first + (at + i).min(here - 1)) * k + from..].as_ptr())
         };
-        if D::BIAS != 0 {
-            let mut total = [0i32; PANEL];
-            for at in (0..here).step_by(QUAD) {
-                // SAFETY: the instructions are there; `ones` has DEPTH elements or as many as a padded row.
-                unsafe { tile::<D, 1>(ones.as_ptr(), 0, quad(at), depth, &mut total[at..]) };
-            }
-            for sums in sums.chunks_exact_mut(PANEL).take(rows) {
-                sums.iter_mut()
-                    .zip(&total)
-                    .for_each(|(sum, total)| *sum = sum.wrapping_sub(total.wrapping_mul(D::BIAS)));
-            }
-        }
         let mut i = 0;
         while i < rows {
-            let left = job.left[(row + i) * job.stride + from..].as_ptr();
+            let left = job.left_at(row + i, from).0.as_ptr();
             let some = D::ROWS.min(rows - i);
             for at in (0..here).step_by(QUAD) {
                 let (right, sums) = (quad(at), &mut sums[i * PANEL + at..]);
@@ -305,13 +377,25 @@ unsafe fn tile<D: Dot, const M: usize>(
     }
 }
 
+/// Has the line of `p` brought to the second-level cache, where there is an instruction for that.
+#[inline(always)]
+fn prefetch(p: *const i8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a part of every x86-64, and no address is wrong for it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// The floating-point part of `rows` rows of `a` with `here` rows of `b`, into `sums`.
 ///
 /// # Safety
 /// The CPU has the instructions of `D`, and the rows exist.
 #[inline(always)]
-unsafe fn float_panel<D: Dot, F>(
-    job: &Job<'_, D, F>,
+unsafe fn float_panel<D: Dot>(
+    job: &Job<'_, D>,
     floats: &Floats,
     stats: &[f32],
     row: usize,
@@ -329,6 +413,16 @@ unsafe fn float_panel<D: Dot, F>(
             let (codes, unit) = (&job.b[(first + c) * job.k..][..job.k], stats[first + c] * UNIT);
             for (weights, &column) in gathered.chunks_exact_mut(PANEL).zip(columns) {
                 weights[c] = f32::from(codes[column]) * unit;
+            }
+        }
+        // Each of these is a line of its own, often of a page of its own: those of the next panel come while this one is
+        // worked on.
+        if columns.len() <= FEW_COLUMNS {
+            let next = job.b.get((first + PANEL) * job.k..).unwrap_or_default();
+            for row in next.chunks_exact(job.k).take(PANEL) {
+                for &column in columns {
+                    prefetch(&raw const row[column]);
+                }
             }
         }
         let mut i = 0;

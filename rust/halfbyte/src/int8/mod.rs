@@ -15,6 +15,10 @@ mod cpu_avx512;
 mod cpu_dot;
 mod cpu_packed;
 mod cpu_product;
+#[cfg(target_arch = "x86_64")]
+mod cpu_rows;
+#[cfg(target_arch = "x86_64")]
+mod cpu_vector;
 pub mod reference;
 
 use crate::element::Element;
