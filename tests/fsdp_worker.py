@@ -327,4 +327,8 @@ mesh = dist.init_device_mesh(DEVICE, (WORLD,))
 for case in CASE.split(","):
     globals()[case](mesh)
     print("passed", case, flush=True)
+if "fsdp1_refused" in CASE:
+    # A load that fails half-way leaves threads in torch's FSDP1, with which the interpreter's end aborts now and then.
+    dist.barrier()
+    os._exit(0)
 dist.destroy_process_group()
