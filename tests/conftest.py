@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import vllm_runs
 
 import halfbyte
 
@@ -40,6 +41,14 @@ def pytest_runtest_logreport(report):
 def device(request):
     """Each device that halfbyte serves."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def vllm():
+    """Skip what needs vLLM where that is missing, or does not run even without halfbyte."""
+    reason = vllm_runs.why_not()
+    if reason:
+        pytest.skip(reason)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_runs import PYTHON
 
 import halfbyte
 
@@ -19,7 +20,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NEEDS_GPU = "<!-- needs a GPU -->"
 # And one for an environment with vLLM this one.
 NEEDS_VLLM = "<!-- needs vLLM -->"
-VLLM_PYTHON = os.environ.get("HALFBYTE_VLLM_PYTHON", "")
 
 
 def snippets(language):
@@ -30,10 +30,13 @@ def python_snippets():
     needs = f"{NEEDS_GPU}|{NEEDS_VLLM}"
     found = re.findall(rf"^(?:({needs})\n+)?```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
     assert len(found) == len(snippets("python"))
-    without_vllm = pytest.mark.skipif(not VLLM_PYTHON, reason="HALFBYTE_VLLM_PYTHON names no environment with vLLM")
-    marks = {"": [], NEEDS_GPU: [pytest.mark.gpu], NEEDS_VLLM: [without_vllm, pytest.mark.timeout(900)]}
+    marks = {
+        "": [],
+        NEEDS_GPU: [pytest.mark.gpu],
+        NEEDS_VLLM: [pytest.mark.timeout(900)],
+    }
     return [
-        pytest.param(VLLM_PYTHON if need == NEEDS_VLLM else sys.executable, snippet, id=str(number), marks=marks[need])
+        pytest.param(need == NEEDS_VLLM, snippet, id=str(number), marks=marks[need])
         for number, (need, snippet) in enumerate(found)
     ]
 
@@ -43,8 +46,10 @@ def test_there_are_snippets():
     assert len(snippets("rust")) == 1
 
 
-@pytest.mark.parametrize(("python", "snippet"), python_snippets())
-def test_python_snippets_run(python, snippet):
+@pytest.mark.parametrize(("in_vllm", "snippet"), python_snippets())
+def test_python_snippets_run(in_vllm, snippet, request):
+    if in_vllm:
+        request.getfixturevalue("vllm")
     env = {name: value for name, value in os.environ.items() if not name.startswith("HALFBYTE_")}
     env["PYTHONPATH"] = str(Path(halfbyte.__file__).parents[1])
     with socket.socket() as free:  # what torchrun sets for one process
@@ -53,12 +58,12 @@ def test_python_snippets_run(python, snippet):
     env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
-        [python, "-W", "error::UserWarning:halfbyte", "-c", snippet],
+        [PYTHON if in_vllm else sys.executable, "-W", "error::UserWarning:halfbyte", "-c", snippet],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=env,
-        timeout=600 if python == VLLM_PYTHON else 300,
+        timeout=600 if in_vllm else 300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

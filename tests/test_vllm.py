@@ -14,16 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_runs import MODEL, PYTHON, case, run
 
-PYTHON = os.environ.get("HALFBYTE_VLLM_PYTHON", "")
-pytestmark = [
-    pytest.mark.skipif(not PYTHON, reason="HALFBYTE_VLLM_PYTHON names no environment with vLLM"),
-    pytest.mark.timeout(900),
-]
+pytestmark = [pytest.mark.usefixtures("vllm"), pytest.mark.timeout(900)]
 transformers = pytest.importorskip("transformers")
 
-MODEL = Path(__file__).parent / "models" / "pycode-llama-7m"
-WORKER = Path(__file__).parent / "vllm" / "worker.py"
 TOKENS = 16
 
 SCHEMES = {
@@ -32,26 +27,6 @@ SCHEMES = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
-
-
-def run(*cases: dict, processes: bool = False, **environment: str) -> list[dict]:
-    """Return what the worker answers; `processes` lets vLLM use processes of its own."""
-    # One thread: the model is tiny, and threads that wait for each other on a busy machine take many times as long.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", **environment}
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if processes else "0"
-    done = subprocess.run(
-        [PYTHON, str(WORKER)], input=json.dumps(cases), capture_output=True, text=True, env=env, check=False
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == len(cases), done.stderr[-3000:]
-    for answer in answers:
-        answer["log"] = done.stderr
-    return answers
-
-
-def case(model: Path, prompts: list[list[int]], **llm: object) -> dict:
-    arguments = {"model": str(model), "dtype": "float32", "enforce_eager": True, **llm}
-    return {"llm": arguments, "prompts": prompts, "tokens": TOKENS}
 
 
 # LLM.int8() finds outlier columns over all tokens of a call, so what else is in a batch matters to the last digits.
