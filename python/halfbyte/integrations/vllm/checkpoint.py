@@ -34,7 +34,6 @@ def _of_4bit(name: str) -> tuple[str, str] | None:
     if _BLOB in name:
         weight, _, rest = name.rpartition(_BLOB)
         return weight, _BLOB + rest
-    # The longer ones first: ".nested_absmax" does not end with ".absmax", but nothing is lost by saying so.
     for suffix in (*_NESTED, *_PLAIN):
         if name.endswith(suffix):
             return name[: -len(suffix)], suffix

@@ -9,7 +9,6 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from halfbyte import _int8_ops as int8_ops
 from halfbyte import ops
-from halfbyte.errors import ShapeError
 from halfbyte.integrations.vllm.storage import Storage
 
 if TYPE_CHECKING:
@@ -45,29 +44,18 @@ class HalfbyteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         load = extra_weight_attrs.pop("weight_loader")
         shape = (sum(output_partition_sizes), input_size_per_partition)
         cut = input_size_per_partition != input_size or shape[0] != output_size
-        try:
-            self.storage = Storage(
-                layer,
-                "weight",
-                shape,
-                params_dtype,
-                self.config.form,
-                self.config.double_quant,
-                cut,
-                load,
-                {**extra_weight_attrs, "input_dim": 1, "output_dim": 0},
-            )
-        except ShapeError as error:
-            raise ShapeError(f"{getattr(layer, 'prefix', type(layer).__name__)}: {error}") from error
+        where = getattr(layer, "prefix", type(layer).__name__)
+        attributes = {**extra_weight_attrs, "input_dim": 1, "output_dim": 0}
+        self.storage = Storage(layer, "weight", where, shape, params_dtype, self.config, cut, load, attributes)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:  # noqa: ARG002
         """Put codes and scales into the layer; what a checkpoint said of its format is known now."""
-        self.storage.finish(getattr(layer, "prefix", ""))
+        self.storage.finish()
         self.shape, self.form = self.storage.shape, self.storage.form
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias``, ``[..., N]`` of x's dtype."""
-        eager = not torch.compiler.is_compiling() and ops.is_eager(x)
+        eager = ops.is_eager(x)
         weight, scales = layer.weight, layer.weight_scales
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)

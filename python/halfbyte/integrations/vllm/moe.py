@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 
 from halfbyte import _grouped as grouped
 from halfbyte import ops
-from halfbyte.errors import ArgumentError, ShapeError
+from halfbyte.errors import ArgumentError
 from halfbyte.integrations.vllm.storage import Storage
 from halfbyte.nn.experts4bit import route
 
@@ -48,33 +48,23 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         gated = getattr(self.moe, "is_act_and_mul", True)
         up = intermediate_size_per_partition * (2 if gated else 1)
         cut = getattr(self.moe, "tp_size", 1) > 1
+        where = getattr(layer, "layer_name", "experts")
         for name, rows, columns in (("w13", up, hidden_size), ("w2", hidden_size, intermediate_size_per_partition)):
-            shape = (num_experts, rows, columns)
-            weight = f"{name}_weight"
-            try:
-                self.storages[weight] = Storage(
-                    layer,
-                    weight,
-                    shape,
-                    params_dtype,
-                    self.config.form,
-                    self.config.double_quant,
-                    cut,
-                    load,
-                    extra_weight_attrs,
-                )
-            except ShapeError as error:
-                raise ShapeError(f"{getattr(layer, 'layer_name', 'experts')}.{name}: {error}") from error
+            weight, shape = f"{name}_weight", (num_experts, rows, columns)
+            self.storages[weight] = Storage(
+                layer, weight, where, shape, params_dtype, self.config, cut, load, extra_weight_attrs
+            )
             if self.moe.has_bias:
                 bias = torch.nn.Parameter(torch.zeros(num_experts, rows, dtype=params_dtype), requires_grad=False)
                 for key, value in {**extra_weight_attrs, "weight_loader": load}.items():
                     setattr(bias, key, value)
                 layer.register_parameter(f"{name}_bias", bias)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:  # noqa: ARG002
         """Put codes and scales into the layer; what a checkpoint said of its format is known now."""
         for storage in self.storages.values():
-            storage.finish(getattr(layer, "layer_name", ""))
+            storage.finish()
+        self.activation_options = self._activation_options()
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:  # noqa: ARG002
         """Return nothing: vLLM's own kernels do not see these weights."""
@@ -120,7 +110,7 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         form = storage.form
         if form.is_int8:
             return _dense_product(storage, x, offsets, bias)
-        eager = not torch.compiler.is_compiling() and ops.is_eager(x)
+        eager = ops.is_eager(x)
         multiply: Any = grouped.run_matmul_4bit_experts if eager else torch.ops.halfbyte.matmul_4bit_experts.default
         product: Tensor = multiply(
             x, offsets, storage.codes, storage.shape, storage.scales, form.blocksize, form.scheme, bias
@@ -132,7 +122,7 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if not isinstance(activation, MoEActivation):
             activation = MoEActivation.from_str(str(activation))
         out = x.new_empty(x.shape[0], x.shape[1] // 2 if activation.is_gated else x.shape[1])
-        apply_moe_activation(activation, out, x, **self._activation_options())
+        apply_moe_activation(activation, out, x, **self.activation_options)
         return out
 
     def _activation_options(self) -> dict[str, Any]:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from vllm.logger import init_logger
 
+from halfbyte.errors import ShapeError
 from halfbyte.integrations.vllm.packed import Format, PackedWeight, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
+
+    from halfbyte.integrations.vllm.config import HalfbyteConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -29,11 +32,13 @@ class Storage:
     ----------
     layer, name
         Whose weight, and which.
+    where
+        What messages call the layer.
     shape
         The rank's part of the float weight, ``[N, K]`` or ``[E, N, K]``.
     dtype
         Its dtype: full-precision weights of a checkpoint are rounded to it before they are quantized.
-    form, double_quant
+    config
         How full-precision weights are quantized. A quantized checkpoint decides for itself.
     cut
         Whether ranks have different parts of it.
@@ -45,23 +50,26 @@ class Storage:
         self,
         layer: nn.Module,
         name: str,
+        where: str,
         shape: Sequence[int],
         dtype: torch.dtype,
-        form: Format,
-        double_quant: bool,
+        config: HalfbyteConfig,
         cut: bool,
         load: Callable[..., Any],
         attributes: dict[str, Any],
     ) -> None:
-        self.layer, self.name, self.shape, self.dtype = layer, name, tuple(shape), dtype
-        self.form, self.double_quant, self.cut = form, double_quant, cut
+        self.layer, self.name, self.where, self.shape, self.dtype = layer, name, where, tuple(shape), dtype
+        self.double_quant, self.cut = config.double_quant, cut
         self.load, self.attributes = load, attributes
         self.stored = 0
-        self._make_room(form, None)
+        self._make_room(config.form, None)
 
     def _make_room(self, form: Format, device: torch.device | None) -> None:
         self.form = form
-        self.codes, self.scales = form.empty(self.shape, device)
+        try:
+            self.codes, self.scales = form.empty(self.shape, device)
+        except ShapeError as error:
+            raise ShapeError(f"{self.where}: {error}") from error
         self._register(self.place())
 
     def _register(self, weight: Tensor) -> None:
@@ -101,9 +109,9 @@ class Storage:
             return quantize(weight.to(self.codes.device, self.dtype).contiguous(), self.form, self.double_quant)
         return weight
 
-    def finish(self, where: str) -> None:
-        """Give the layer codes and scales for what a loader has filled; `where` is the layer's name."""
+    def finish(self) -> None:
+        """Give the layer codes and scales for what a loader has filled."""
         if not self.stored:
-            logger.warning("%s.%s: nothing was loaded into it; its weights are zeros", where, self.name)
+            logger.warning("%s.%s: nothing was loaded into it; its weights are zeros", self.where, self.name)
         self._register(self.codes)
         self.layer.register_buffer(f"{self.name}_scales", self.scales, persistent=False)
