@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ROUNDS ?= 10
 
 .PHONY: help
 help: ## show this list
@@ -26,6 +27,13 @@ test: ## run the Python tests (those that need a GPU run where there is one)
 .PHONY: gpu-test
 gpu-test: ## run the Python tests that need a GPU, their failures in .build/gpu-failures.txt
 	PYTHON=$(BIN)/python tests/run_gpu.sh
+
+.PHONY: soak
+soak: ## run every test that draws at random ROUNDS times (10), each time with other draws
+	for round in $$(seq $(ROUNDS)); do \
+		cargo test --workspace --quiet && $(BIN)/pytest -q -m hypothesis --hypothesis-seed=random && \
+		$(BIN)/pytest -q tests/test_bitsandbytes_live.py tests/test_cli_checkpoint.py || exit 1; \
+	done
 
 .PHONY: test-rust
 test-rust: ## run the Rust tests, with and without CUDA support

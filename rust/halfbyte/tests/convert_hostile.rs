@@ -24,7 +24,10 @@ fn damage(random: &mut Random, bytes: &mut Vec<u8>) {
     match random.below(7) {
         0 => bytes.truncate(random.below(bytes.len())),
         1 => bytes.extend((0..=random.below(9)).map(|_| 0)),
-        2 => bytes[random.below(8)] ^= 1 << random.below(8),
+        2 => {
+            let at = random.below(bytes.len().min(8));
+            bytes[at] ^= 1 << random.below(8);
+        }
         3 => {
             let at = random.below(bytes.len());
             bytes[at] ^= 1 << random.below(8);
