@@ -65,7 +65,8 @@ def run(folder, *arguments):
     (folder / "conftest.py").write_text(FAKE, encoding="utf-8")
     (folder / "test_suite.py").write_text(SUITE, encoding="utf-8")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n    alone: x\n", encoding="utf-8")
-    path = os.pathsep.join([str(folder), str(Path(halfbyte.__file__).parents[1])])
+    # TESTS for what conftest.py imports.
+    path = os.pathsep.join(map(str, (folder, TESTS, Path(halfbyte.__file__).parents[1])))
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONPATH": path, "HALFBYTE_TEST_FAILURES": str(folder / "failures"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
