@@ -61,5 +61,6 @@ DEVICE float load_cluster_float(u32 address) {
 DEVICE void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// Barrier `id` (1 … 15) among `threads` threads of the block.
+// Barrier `id` (1 … 15) among `threads` threads of the block; and an arrival there that does not wait.
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

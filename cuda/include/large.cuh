@@ -1,14 +1,7 @@
-// What the product of many rows needs of the hardware beside the headers that it shares: look-ups, pairs times a scale, stores of
-// a transposed tile.
+// What the product of many rows needs of the hardware beside the headers that it shares: pairs as floats, and stores of a transposed
+// tile.
 #pragma once
 #include "shared.cuh"
-
-// The word at a shared address: free to move, as it is made once.
-DEVICE u32 look_up(u32 at) {
-    u32 pair;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
-    return pair;
-}
 
 // The two values of a pair of the table: f16 where they become bf16; for f16, which rounds as finely, 16-bit integers with 32768 for 0.
 template <class T> DEVICE float2 values_of(u32 pair);
@@ -32,16 +25,9 @@ template <> DEVICE u32 pack<F16>(float low, float high) {  // one instruction, w
     return r;
 }
 
-DEVICE void store_words(u32 at, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
 // Four 8 × 8 tiles of 16-bit elements, of which a lane (g, t) has columns 2t, 2t + 1 of row g, transposed: lanes 8i … 8i + 7 name
 // where the rows of tile i go.
 DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
-
-// A register that MMAs have read: theirs until here.
-DEVICE void keep(u32& r) { asm volatile("" : "+r"(r)); }

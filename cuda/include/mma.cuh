@@ -13,7 +13,8 @@
 //
 // Decoding: one lookup a byte, byte → two 16-bit values, in a table with a copy for each bank (32 KB): no conflicts.
 #pragma once
-#include "common.cuh"
+#include "mma_sync.cuh"
+#include "shared.cuh"
 
 constexpr u32 TABLE_WORDS = 256 * WARP;
 constexpr u32 TILE_FLOATS = 16 * 8;  // one accumulator tile
@@ -26,17 +27,6 @@ struct Values {
         return u32((code & 8 ? high : low) >> (code % 4 * 16)) & 0xffff;
     }
 };
-
-template <class T> DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
-#define MMA(T, type)                                                                                                          \
-    template <> DEVICE void mma<T>(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                           \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                  \
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                          \
-    }
-MMA(Bf16, "bf16")
-MMA(F16, "f16")
-
 
 // The pair table, a copy a bank: the pair of byte b for this lane is word 32 · b + lane. Threads [0, threads) fill it together.
 template <class Store> DEVICE void fill_pairs(const Values& values, u32 threads, Store store) {
@@ -63,15 +53,9 @@ struct AlignedPairs {
     DEVICE AlignedPairs(u32 begin, u32 lane) : lane_copy(begin + AT + lane * 4) {}
     DEVICE void fill(const Values& values, u32 threads) const {
         const u32 table = lane_copy & ~(AT - 1);
-        fill_pairs(values, threads, [&](u32 at, u32 pair) {
-            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(table + at), "r"(pair) : "memory");
-        });
+        fill_pairs(values, threads, [&](u32 at, u32 pair) { store_words(table + at, pair, pair, pair, pair); });
     }
-    DEVICE u32 get(u32 at) const {
-        u32 pair;
-        asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at | lane_copy));
-        return pair;
-    }
+    DEVICE u32 get(u32 at) const { return look_up(at | lane_copy); }
 };
 DEVICE u32 shared_begin(const void* anything_shared) { return shared_address(anything_shared) & 0xff000000u; }
 

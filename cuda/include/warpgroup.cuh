@@ -44,6 +44,8 @@ template <int N> DEVICE void pin(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// A register that MMAs read: theirs until here.
+DEVICE void keep(u32& r) { asm volatile("" : "+r"(r)); }
 
 // An operand at a shared address; the next 32 bytes along K are 2 further.
 DEVICE u64 swizzled_operand(u32 address) { return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62; }

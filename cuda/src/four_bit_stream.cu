@@ -141,7 +141,7 @@ KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
         }
         wait_for_predecessors();
         named_barrier(2, 2 * WARP);
-        asm volatile("bar.arrive 3, %0;" ::"r"(blockDim.x) : "memory");
+        named_barrier_arrive(3, blockDim.x);
         const bool rows_of_four = share.blocks % 4 == 0 && share.first % 4 == 0 && log2_block == 6;
         const bool nested = rows_of_four && weight.nested != nullptr && nested_shift >= 5 &&
                             reinterpret_cast<u64>(weight.absmax) % 4 == 0;

@@ -110,7 +110,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
     // The table: four lanes' copies of a pair at a time.
     for (u32 i = threadIdx.x; i < 256 * 8; i += S::THREADS) {
         const u32 byte = i / 8, pair = values.get(byte / 16) | values.get(byte % 16) << 16;
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(table + byte * 256 + i % 8 * 16), "r"(pair) : "memory");
+        store_words(table + byte * 256 + i % 8 * 16, pair, pair, pair, pair);
     }
     __syncthreads();
 
@@ -161,11 +161,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
         const u32 row_group = group % ROW_GROUPS, k_group = group / ROW_GROUPS;
         const u32 my_row = row_group * (64 * TILES) + warp % 4 * 16 + g;  // of tile 0; tiles are 64 rows apart
         const u32 table_lane = table + lane * 4, selector = 0x7604 | t << 4;
-        auto look_up = [&](u32 word) {
-            u32 pair;
-            asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(__byte_perm(word, table_lane, selector)));
-            return pair;
-        };
+        auto pair_of = [&](u32 word) { return look_up(__byte_perm(word, table_lane, selector)); };
         constexpr u32 UNITS = 4 / K_GROUPS * TILES;  // of a stage
         constexpr u32 HELD = S::TWO_SUMS ? 2 : 1;
         float sums[TILES][TOKENS / 2], fresh[HELD][TOKENS / 2];
@@ -189,8 +185,8 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
 #pragma unroll
             for (u32 s = 0; s < 4; ++s) {
                 const uint4 even = s < 2 ? low0 : high0, odd = s < 2 ? low1 : high1;
-                to[s][0] = look_up(element(even, s % 2 * 2)), to[s][1] = look_up(element(odd, s % 2 * 2));
-                to[s][2] = look_up(element(even, s % 2 * 2 + 1)), to[s][3] = look_up(element(odd, s % 2 * 2 + 1));
+                to[s][0] = pair_of(element(even, s % 2 * 2)), to[s][1] = pair_of(element(odd, s % 2 * 2));
+                to[s][2] = pair_of(element(even, s % 2 * 2 + 1)), to[s][3] = pair_of(element(odd, s % 2 * 2 + 1));
             }
         };
         auto load_scales = [&](float4 (&to)[TILES][2]) {
@@ -239,7 +235,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
 #pragma unroll
                     for (u32 s = 0; s < 4; ++s)
 #pragma unroll
-                        for (u32 i = 0; i < 4; ++i) asm volatile("" : "+r"(a[v % 2][s][i]));
+                        for (u32 i = 0; i < 4; ++i) keep(a[v % 2][s][i]);
                 };
                 auto advance = [&] {  // decodes the unit after this one
                     if (u + 1 < UNITS) {
