@@ -1,0 +1,22 @@
+// In place of cuda/include/hopper.cuh.
+#pragma once
+#include "common.cuh"
+
+inline void barrier_init(u32 barrier, u32 count) { machine::barrier_init(barrier, count); }
+inline void barrier_init_fence() {}
+inline void barrier_arrive(u32 barrier) { machine::barrier_arrive(barrier); }
+inline void barrier_arrive_copies(u32 barrier) { machine::arrive_after_copies(barrier); }
+inline void barrier_wait(u32 barrier, u32 parity) { machine::barrier_wait(barrier, parity); }
+
+inline u32 cluster_rank() { return machine::rank(); }
+inline u32 cluster_size() { return machine::ranks(); }
+inline void cluster_arrive() { machine::cluster_arrive(); }
+inline void cluster_wait() { machine::cluster_wait(); }
+inline u32 map_to_block(u32 address, u32 rank) { return (address & 0xffffff) | rank << 24; }
+inline float load_cluster_float(u32 address) { return machine::load<float>(address); }
+
+inline void wait_for_predecessors() {}
+inline void let_dependents_start() {}
+
+inline void named_barrier(u32 id, u32 threads) { machine::named_barrier(id, threads, true); }
+inline void named_barrier_arrive(u32 id, u32 threads) { machine::named_barrier(id, threads, false); }

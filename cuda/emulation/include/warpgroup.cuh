@@ -1,0 +1,67 @@
+// In place of cuda/include/warpgroup.cuh: of the layouts the swizzled one.
+#pragma once
+#include "hopper.cuh"
+
+// A matrix and its box, whose rows are 128 bytes.
+struct TensorMap {
+    const void* matrix;
+    u64 columns, rows;
+    u32 element_bytes, box_rows;
+};
+inline void prefetch_map(const TensorMap&) {}
+
+// The 16 bytes of a row of 128 that lie elsewhere for it.
+inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 row) {
+    if (to % 1024) machine::fail("a box is misaligned");
+    std::memset(machine::place(to, map.box_rows * 128), 0x7f, map.box_rows * 128);
+    const TensorMap m = map;
+    for (u32 begin = 0; begin < m.box_rows; begin += 32) {
+        const u32 end = min(begin + 32, m.box_rows);
+        machine::copy_box_part(barrier, (end - begin) * 128, [=](u8* window) {
+            const u64 row_bytes = m.columns * m.element_bytes;
+            for (u32 r = begin; r < end; ++r)
+                for (u32 c = 0; c < 128; ++c) {
+                    const u64 at = u64(column) * m.element_bytes + c;
+                    const bool valid = row + r < m.rows && at < row_bytes;
+                    window[swizzled((to & 0xffffff) + r * 128 + c)] = valid ? static_cast<const u8*>(m.matrix)[(row + r) * row_bytes + at] : 0;
+                }
+        });
+    }
+}
+inline void barrier_expect(u32 barrier, u32 bytes) { machine::barrier_expect(barrier, bytes); }
+inline void fence_for_mma() { machine::fence(); }
+template <int N> void more_registers() { machine::registers(N); }
+template <int N> void fewer_registers() { machine::registers(N); }
+
+inline void mma_fence() { machine::mma_fence(); }
+inline void mma_commit() { machine::mma_commit(); }
+template <int N> void mma_wait() { machine::mma_wait(N); }
+template <int N> void pin(float (&)[N]) {}
+inline void keep(u32&) {}
+
+inline u64 swizzled_operand(u32 address) {
+    if (address % 1024) machine::fail("an operand is misaligned");
+    return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+// Element (row, k) of an operand, found as the hardware finds it: the swizzle is of the whole address.
+template <class T> float operand_element(u64 operand, u32 row, u32 k, u32 rank) {
+    const u32 start = u32(operand & 0x3fff) << 4, eight_rows = u32(operand >> 32 & 0x3fff) << 4;
+    const u32 at = swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2) | rank << 24;
+    machine::must_be_fenced(at);
+    return to_float(machine::peek<T>(at));
+}
+
+template <class T, int N> void mma_16(float (&d)[N / 2], u64 left, u64 right) {
+    const u32 thread = machine::thread(), g = thread % 32 / 4, t = thread % 4, row = thread / 32 % 4 * 16 + g, rank = machine::rank();
+    float* const sums = d;
+    machine::mma_issue([=] {
+        for (u32 j = 0; j < N / 2; ++j) {
+            double sum = sums[j];
+            for (u32 k = 0; k < 16; ++k)
+                sum += double(operand_element<T>(left, row + j / 2 % 2 * 8, k, rank)) * operand_element<T>(right, j / 4 * 8 + 2 * t + j % 2, k, rank);
+            sums[j] = float(sum);
+        }
+    });
+}

@@ -1,0 +1,77 @@
+"""Kernels on a CPU: builds programs of cuda/emulation around unchanged kernels, and runs them."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = ROOT / "cuda"
+EMULATION = CUDA / "emulation"
+BUILT = ROOT / ".build" / "emulation"
+
+COMPILER = shutil.which("g++")
+
+STATIC = re.compile(r"(?<!extern )__shared__ (?:__align__\((\d+)\) )?(\w+) (\w+)\[(.+)\];")
+DYNAMIC = re.compile(r"extern __shared__ (?:__align__\((\d+)\) )?u8 dynamic\[\];")
+
+
+def for_the_machine(source: str) -> str:
+    """A kernel's source with its shared memory asked of the machine: no array of C++ is one a block."""
+    index = iter(range(1000))
+
+    def static(match):
+        alignment, kind, name, count = match.groups()
+        size = f"u32(({count}) * sizeof({kind}))"
+        array = f"machine::static_array({next(index)}, {size}, {alignment or f'alignof({kind})'})"
+        return f"{kind}* const {name} = static_cast<{kind}*>({array});"
+
+    source = STATIC.sub(static, source)
+    return DYNAMIC.sub(lambda match: f"u8* const dynamic = machine::dynamic_array({match[1] or 16});", source)
+
+
+def build(source: str, which: str, defines: dict[str, str], changes=()) -> Path:
+    """The program for kernel `source` of cuda/src, ``which`` being STREAM, WGMMA or LARGE.
+
+    ``changes`` are pairs of what stands in the source, or in a header that it includes, and what is to stand there.
+    Programs are kept by what they are made from.
+    """
+    names = [source, *re.findall(r'#include "(\w+\.cuh)"', (CUDA / "src" / source).read_text(encoding="utf-8"))]
+    texts = {}
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name in texts or (EMULATION / "include" / name).exists():
+            continue
+        text = (CUDA / ("src" if name.endswith(".cu") else "include") / name).read_text(encoding="utf-8")
+        texts[name] = text
+        todo += re.findall(r'#include "(\w+\.cuh)"', text)
+    for old, new in changes:
+        (place,) = [name for name, text in texts.items() if text.count(old) == 1]
+        texts[place] = texts[place].replace(old, new)
+    texts = {name: for_the_machine(text) for name, text in sorted(texts.items())}
+    flags = ["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", f"-D{which}"]
+    flags += [f"-D{name}={value}" for name, value in defines.items()]
+    own = sorted([*EMULATION.glob("*.*"), *(EMULATION / "include").iterdir()])
+    made_from = [*flags, *texts.items(), *(path.read_text(encoding="utf-8") for path in own)]
+    folder = BUILT / hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    program = folder / "product"
+    if not program.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        paths = [f"-I{folder}", f"-I{EMULATION / 'include'}", f"-I{EMULATION}", f'-DKERNEL_SOURCE="{source}"']
+        sources = [EMULATION / "products.cpp", EMULATION / "machine.cpp"]
+        command = [COMPILER, *flags, *paths, *sources, "-o", folder / "building"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        (folder / "building").rename(program)
+    return program
+
+
+def run(program: Path, **settings) -> tuple[bool, str]:
+    """Whether a product comes out right, and what the program says."""
+    values = {name: ",".join(map(str, v)) if isinstance(v, list) else int(v) for name, v in settings.items()}
+    arguments = [f"{name}={value}" for name, value in values.items()]
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=500, check=False)
+    return done.returncode == 0, f"{' '.join(arguments)}: {done.stdout}{done.stderr}"

@@ -1,0 +1,182 @@
+"""The products on Hopper with a CPU in place of the GPU: right whatever the order of threads, copies and MMAs.
+
+See cuda/emulation/machine.h for what that shows. It says nothing of speed, and knows the hardware's rules as PTX's
+manual has them.
+"""
+
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import ceil
+
+import emulation
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulation.COMPILER is None, reason="needs g++"),
+]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    which: str
+    element: str
+    tokens: int
+    defines: dict = field(default_factory=dict)
+
+    @property
+    def source(self):
+        return f"four_bit_{self.which.lower()}.cu"
+
+    def build(self, changes=()):
+        defines = {"ELEMENT": self.element, **self.defines}
+        if self.which != "STREAM":
+            defines["TOKENS"] = str(self.tokens)
+        return emulation.build(self.source, self.which, defines, changes)
+
+
+KERNELS = {
+    "stream bf16": Kernel("STREAM", "Bf16", 8),
+    "stream f16": Kernel("STREAM", "F16", 8),
+    "wgmma bf16 16": Kernel("WGMMA", "Bf16", 16),
+    "wgmma f16 32": Kernel("WGMMA", "F16", 32),
+    "wgmma bf16 64": Kernel("WGMMA", "Bf16", 64),
+    "wgmma bf16 128": Kernel("WGMMA", "Bf16", 128),
+    "large bf16 128": Kernel("LARGE", "Bf16", 128, {"SHARED": "0"}),
+    "large f16 256": Kernel("LARGE", "F16", 256, {"SHARED": "0"}),
+    "large shared bf16 256": Kernel("LARGE", "Bf16", 256, {"SHARED": "1"}),
+}
+
+KB = 1024
+
+
+def stream(draw, m, k):
+    """As ``Plan`` of matmul_stream.rs, on a GPU with few multiprocessors."""
+    rows = [draw.choice([1, 16, 17, 40, 64, 100, 160, 300]) for _ in range(draw.choice([1, 1, 2, 3]))]
+    cluster, multiprocessors = draw.choice([1, 1, 2]), draw.choice([2, 3, 4, 6])
+    all_tiles = [ceil(n / 16) for n in rows]
+
+    def clusters(tiles):
+        return sum(ceil(t / tiles) for t in all_tiles)
+
+    tiles = 1
+    while clusters(tiles) > max(multiprocessors // cluster, len(rows)):
+        tiles += 1
+    if cluster == 2 and tiles > 8:
+        cluster = 1
+    slices = ceil(ceil(k / 128) / cluster)
+    steps = ceil(slices / 16)
+    warps = max(ceil(slices / steps / 2) * 2, 2)
+    x, stage = warps * m * 272, 32 * (16 * 2 * 32 + 32 + 36 * 4)
+    stages = min((227 * KB + 8 * KB - 11 * KB - 64 * KB - x) // stage, 12)
+    shared = 64 * KB + x + stages * stage - 8 * KB
+    threads = (warps + 2) * 32
+    return {"n": rows, "tiles": tiles, "stages": stages, "cluster": cluster, "shared": shared, "threads": threads}
+
+
+def wgmma(draw, kernel, m, k):
+    n = draw.choice([1, 8, 100, 128, 130, 256, 300])
+    rows = draw.choice([128, 256]) if kernel.tokens in (16, 64) else 128
+    cluster = draw.choice([c for c in (1, 1, 2, 3, 4) if c <= ceil(k / 256)])
+    blocks = {"blocks_x": ceil(n / rows) * cluster, "blocks_y": ceil(m / kernel.tokens)}
+    sizes = {"threads": 640, "registers": 96} if kernel.tokens <= 32 else {"threads": 384, "registers": 168}
+    return {"n": [n], "rows": rows, "cluster": cluster, "shared": 223 * KB, **blocks, **sizes}
+
+
+def large(draw, kernel, m, k):
+    n = draw.choice([7, 100, 128, 136, 200, 300])
+    cluster = draw.choice([c for c in (1, 1, 2, 4) if c <= ceil(k / 256)])
+    tiles = ceil(n / 128) * ceil(m / kernel.tokens)
+    blocks = min(tiles, draw.choice([1, 2, 3])) if cluster == 1 else tiles * cluster
+    return {"n": [n], "cluster": cluster, "blocks_x": blocks, "group": draw.choice([1, 2, 8]), "shared": 223 * KB}
+
+
+def settings(kernel, seed, blocks):
+    """A product that the kernel takes, with one of ``blocks`` times 64 for K, and the launch for it."""
+    draw = random.Random(seed)
+    k = 64 * draw.choice(blocks)
+    m = draw.randint(1, 8 if kernel.which == "STREAM" else kernel.tokens * 5 // 4)
+    if kernel.which == "STREAM":
+        launch = stream(draw, m, k)
+    else:
+        launch = (wgmma if kernel.which == "WGMMA" else large)(draw, kernel, m, k)
+    return {
+        "m": m,
+        "k": k,
+        "block": draw.choice([64, 64, 64, 128, 256, 4096]),
+        "fp4": draw.random() < 0.3,
+        "nested": draw.random() < 0.5,
+        "bias": draw.random() < 0.5,
+        "shift": draw.choice([0, 0, 0, 1, 4]),
+        "seed": seed,
+        "lateness": draw.choice([0, 1, 40, 200, 600]),
+        **launch,
+    }
+
+
+def wrong(kernel, runs, blocks, changes=(), **others):
+    """What the programs say that fail."""
+    program = kernel.build(changes)
+    launches = [settings(kernel, seed, blocks) | others for seed in range(runs)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(lambda launch: emulation.run(program, **launch), launches))
+    return [said for right, said in done if not right]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_products_are_right_in_any_order(name):
+    runs = 12 if KERNELS[name].tokens == 256 else 24
+    assert wrong(KERNELS[name], runs, [1, 2, 3, 4, 5, 8, 11, 12, 16, 17, 20, 28, 32, 33]) == []
+
+
+# What stands in a kernel and what a mistake would have there, in one place or more.
+MISTAKES = {
+    "a stage is filled before it is empty": (
+        "stream bf16",
+        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<0, END>",
+        "        copy_weights<0, END>",
+    ),
+    "sums are added before all are there": (
+        "stream bf16",
+        "                named_barrier(1, threads);\n                for (u32 i = threadIdx.x; i < min(COUNT",
+        "                for (u32 i = threadIdx.x; i < min(COUNT",
+    ),
+    "a barrier counts too few": ("stream f16", "2 * WARP + 1)", "2 * WARP)"),
+    "x is read before it has come": (
+        "wgmma bf16 16",
+        "if (u % PER_X == 0) barrier_wait(x_full + x_turn.stage * 8, x_turn.parity);",
+        "",
+    ),
+    "sums are read before the MMA is done": ("wgmma bf16 128", "mma_wait<0>(), complete(u);", "complete(u);"),
+    "more registers are taken than there are": ("wgmma f16 32", "? 104 : 224;", "? 112 : 224;"),
+    "weights are released while they are read": (
+        "wgmma bf16 64",
+        "                        decode(a[(u + 1) % 2], u + 1);\n",
+        "                        if (u + 2 == UNITS && lane == 0) barrier_arrive(empty + turn.stage * 8);\n"
+        "                        decode(a[(u + 1) % 2], u + 1);\n",
+        "                            if (lane == 0) barrier_arrive(empty + turn.stage * 8);\n",
+        "",
+    ),
+    "decoded weights are not fenced": ("large shared bf16 256", "                fence_for_mma();\n", ""),
+    "a swizzle is left out": (
+        "large bf16 128",
+        "const u32 to = share.packed(turn.stage, row) + (piece ^ row) * 16;",
+        "const u32 to = share.packed(turn.stage, row) + piece * 16;",
+    ),
+    "x is given back while it is read": ("large bf16 128", "                mma_wait<1>();\n", ""),
+    "a block leaves while its sums are read": (
+        "wgmma bf16 16",
+        "    }\n    if (ranks > 1) cluster_arrive(), cluster_wait();\n}",
+        "    }\n}",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake):
+    name, *changes = MISTAKES[mistake]
+    changes = list(zip(changes[::2], changes[1::2], strict=True))
+    # Long enough for rings to go round, and copies that are later than threads are slow.
+    assert wrong(KERNELS[name], 12, [17, 33, 48, 64], changes, lateness=2000)
