@@ -1,9 +1,11 @@
 """Kernels on a CPU: builds programs of cuda/emulation around unchanged kernels, and runs them."""
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -11,10 +13,22 @@ CUDA = ROOT / "cuda"
 EMULATION = CUDA / "emulation"
 BUILT = ROOT / ".build" / "emulation"
 
-COMPILER = shutil.which("g++")
+COMPILER = os.environ.get("CXX", "g++")
+STANDARD = "-std=c++20"
 
 STATIC = re.compile(r"(?<!extern )__shared__ (?:__align__\((\d+)\) )?(\w+) (\w+)\[(.+)\];")
 DYNAMIC = re.compile(r"extern __shared__ (?:__align__\((\d+)\) )?u8 dynamic\[\];")
+
+
+@cache
+def why_not() -> str | None:
+    """What keeps programs from being built here: no compiler, or one without C++ 20 or 16-bit floats."""
+    if shutil.which(COMPILER) is None:
+        return f"no {COMPILER}"
+    command = [COMPILER, STANDARD, "-fsyntax-only", "-x", "c++", "-"]
+    program = "#include <ucontext.h>\n#include <vector>\n_Float16 h; void f(std::vector<int> v) { std::erase(v, 1); }"
+    done = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
+    return f"{COMPILER} is too old" if done.returncode else None
 
 
 def for_the_machine(source: str) -> str:
@@ -32,14 +46,12 @@ def for_the_machine(source: str) -> str:
 
 
 def build(source: str, which: str, defines: dict[str, str], changes=()) -> Path:
-    """The program for kernel `source` of cuda/src, ``which`` being STREAM, WGMMA or LARGE.
+    """The program for kernel `source` of cuda/src, ``which`` being MMA, STREAM, WGMMA or LARGE.
 
     ``changes`` are pairs of what stands in the source, or in a header that it includes, and what is to stand there.
     Programs are kept by what they are made from.
     """
-    names = [source, *re.findall(r'#include "(\w+\.cuh)"', (CUDA / "src" / source).read_text(encoding="utf-8"))]
-    texts = {}
-    todo = list(names)
+    texts, todo = {}, [source]
     while todo:
         name = todo.pop()
         if name in texts or (EMULATION / "include" / name).exists():
@@ -51,7 +63,7 @@ def build(source: str, which: str, defines: dict[str, str], changes=()) -> Path:
         (place,) = [name for name, text in texts.items() if text.count(old) == 1]
         texts[place] = texts[place].replace(old, new)
     texts = {name: for_the_machine(text) for name, text in sorted(texts.items())}
-    flags = ["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", f"-D{which}"]
+    flags = [STANDARD, "-O1", "-w", "-fno-strict-aliasing", f"-D{which}"]
     flags += [f"-D{name}={value}" for name, value in defines.items()]
     own = sorted([*EMULATION.glob("*.*"), *(EMULATION / "include").iterdir()])
     made_from = [*flags, *texts.items(), *(path.read_text(encoding="utf-8") for path in own)]
@@ -63,9 +75,9 @@ def build(source: str, which: str, defines: dict[str, str], changes=()) -> Path:
             (folder / name).write_text(text, encoding="utf-8")
         paths = [f"-I{folder}", f"-I{EMULATION / 'include'}", f"-I{EMULATION}", f'-DKERNEL_SOURCE="{source}"']
         sources = [EMULATION / "products.cpp", EMULATION / "machine.cpp"]
-        command = [COMPILER, *flags, *paths, *sources, "-o", folder / "building"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        (folder / "building").rename(program)
+        building = folder / f"building-{os.getpid()}"
+        subprocess.run([COMPILER, *flags, *paths, *sources, "-o", building], check=True)
+        building.rename(program)
     return program
 
 

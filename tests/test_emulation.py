@@ -1,4 +1,4 @@
-"""The products on Hopper with a CPU in place of the GPU: right whatever the order of threads, copies and MMAs.
+"""The 4-bit products with a CPU in place of the GPU: right whatever the order of threads, copies and MMAs.
 
 See cuda/emulation/machine.h for what that shows. It says nothing of speed, and knows the hardware's rules as PTX's
 manual has them.
@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(emulation.COMPILER is None, reason="needs g++"),
+    pytest.mark.skipif(emulation.why_not() is not None, reason=f"no programs: {emulation.why_not()}"),
 ]
 
 
@@ -38,6 +38,8 @@ class Kernel:
 
 
 KERNELS = {
+    "mma bf16 8": Kernel("MMA", "Bf16", 8),
+    "mma f16 16": Kernel("MMA", "F16", 16),
     "stream bf16": Kernel("STREAM", "Bf16", 8),
     "stream f16": Kernel("STREAM", "F16", 8),
     "wgmma bf16 16": Kernel("WGMMA", "Bf16", 16),
@@ -76,6 +78,17 @@ def stream(draw, m, k):
     return {"n": rows, "tiles": tiles, "stages": stages, "cluster": cluster, "shared": shared, "threads": threads}
 
 
+def mma(draw, kernel, m, k):
+    n = draw.choice([1, 16, 17, 40, 100, 160, 300])
+    tiles = draw.choice([1, 2, 3, 7])
+    tiles_per_pass = draw.randint(1, tiles)
+    warps = draw.choice([w for w in (1, 2, 4, 8) if w <= ceil(k / 256)])
+    columns, stages = kernel.tokens // 8, 6 if kernel.tokens == 8 else 4
+    shared = warps * (stages * 2304 + tiles_per_pass * 512 * columns)
+    blocks = {"blocks_x": ceil(n / 16 / tiles), "blocks_y": ceil(m / kernel.tokens), "threads": warps * 32}
+    return {"n": [n], "tiles": tiles, "tiles_per_pass": tiles_per_pass, "shared": shared, **blocks}
+
+
 def wgmma(draw, kernel, m, k):
     n = draw.choice([1, 8, 100, 128, 130, 256, 300])
     rows = draw.choice([128, 256]) if kernel.tokens in (16, 64) else 128
@@ -97,11 +110,11 @@ def settings(kernel, seed, blocks):
     """A product that the kernel takes, with one of ``blocks`` times 64 for K, and the launch for it."""
     draw = random.Random(seed)
     k = 64 * draw.choice(blocks)
-    m = draw.randint(1, 8 if kernel.which == "STREAM" else kernel.tokens * 5 // 4)
+    m = draw.randint(1, 8 if kernel.which == "STREAM" else kernel.tokens * 5 // 4)  # two tiles now and then
     if kernel.which == "STREAM":
         launch = stream(draw, m, k)
     else:
-        launch = (wgmma if kernel.which == "WGMMA" else large)(draw, kernel, m, k)
+        launch = {"MMA": mma, "WGMMA": wgmma, "LARGE": large}[kernel.which](draw, kernel, m, k)
     return {
         "m": m,
         "k": k,
@@ -133,6 +146,12 @@ def test_products_are_right_in_any_order(name):
 
 # What stands in a kernel and what a mistake would have there, in one place or more.
 MISTAKES = {
+    "a copy is not waited for": ("mma bf16 8", "wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();"),
+    "scales are read before they are written": (
+        "mma f16 16",
+        "                __syncwarp();  // copies and scales of all lanes are there, and the stage before is read\n",
+        "",
+    ),
     "a stage is filled before it is empty": (
         "stream bf16",
         "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<0, END>",

@@ -1,5 +1,5 @@
 // Runs one product on the machine, on random data, and compares it with fp64: products NAME=VALUE … (see `Settings`). Compiled once for each
-// kernel and its defines: -DKERNEL_SOURCE names the source, -DSTREAM, -DWGMMA or -DLARGE says which it is.
+// kernel and its defines: -DKERNEL_SOURCE names the source, -DMMA, -DSTREAM, -DWGMMA or -DLARGE says which it is.
 //
 // Ends with 0 if every result is within a rounding, 1 if one is not or a rule of the machine is broken.
 #include <sys/mman.h>
@@ -171,7 +171,22 @@ int main(int count, char** arguments) {
     const u32 log2_block = __builtin_ctz(block), nested_shift = 8;
     const float ungain = 1 / code.gain;
     const u64* const v = code.words;
-#ifdef STREAM
+#if defined(MMA)
+    const Matrix& matrix = matrices[0];
+    const u32 tiles = settings.get("tiles", 1), tiles_per_pass = settings.get("tiles_per_pass", 1);
+    auto multiply = [&](auto kernel) {
+        kernel(x, matrix.packed, matrix.scales(), matrix.nested.data(), matrix.map.data(), &matrix.offset, nested_shift,
+               biased ? matrix.bias.data() : nullptr, matrix.out + Matrix::MARGIN, m, matrix.n, k, log2_block, v[0], v[1], v[2], v[3], ungain, tiles,
+               tiles_per_pass);
+    };
+    machine::run(launch, weather, [&] {
+#if TOKENS == 8
+        matrix.is_nested ? multiply(matmul_4bit_mma_nested_m8) : multiply(matmul_4bit_mma_plain_m8);
+#else
+        matrix.is_nested ? multiply(matmul_4bit_mma_nested_m16) : multiply(matmul_4bit_mma_plain_m16);
+#endif
+    });
+#elif defined(STREAM)
     const u32 tiles = settings.get("tiles", 1), stages = settings.get("stages", 2);
     Pieces pieces{};
     u32 first = 0;
