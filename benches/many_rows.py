@@ -6,14 +6,14 @@ is what shows that the forms are right.
 """
 
 import json
-import statistics
 
 import torch
 import torch.nn.functional as F
 
 import halfbyte as hb
 from halfbyte import _native
-from halfbyte._matmul import statistics as of_state
+from halfbyte._matmul import statistics
+from halfbyte.cli.bench import clock, record
 
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 8192), (4096, 4096)]
 ROWS = [64, 128, 256, 512, 1024, 2048, 8192]
@@ -24,66 +24,43 @@ FORMS = {
     for split in (1, 2, 4)
 }
 FORMS["plan"] = (0, 0, False)
-OUT_OF_L2 = 160 << 20
 
 
 def forced(x, packed, state, form):
     out = x.new_empty(x.shape[0], state.shape[0])
-    absmax, nested = of_state(state, x.device)
+    absmax, nested = statistics(state, x.device)
     arguments = (x, packed, absmax, out, state.quant_type, state.blocksize, None, *nested)
     assert _native.matmul_4bit_large(*arguments, *form), (form, state.shape)
     return out
 
 
-def time(calls, repeats=7):
-    """The median of a graph of `calls`, in microseconds a call."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    taken = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) * 1000 / len(calls))
-    return round(statistics.median(taken), 2)
-
-
 def measure(n, k, m):
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
-    dense = [weight.clone() for _ in range(-(-OUT_OF_L2 // (n * k * 2)))]
-    copies = min(-(-OUT_OF_L2 // (n * k // 2)), 12)
-    row = {"cublas": time([lambda w=w: F.linear(x, w) for w in dense])}
+    dense = [weight.clone() for _ in range(clock.copies(n * k * 2, m))]
+    row = {"cublas": clock.graph_us([lambda w=w: F.linear(x, w) for w in dense])}
     for name, nested in (("", False), (" dq", True)):
         packs = [
-            hb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested) for _ in range(copies)
+            hb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+            for _ in range(clock.copies(n * k // 2, m))
         ]
-        row[f"dequantize{name}"] = time(
+        row[f"dequantize{name}"] = clock.graph_us(
             [lambda p=p, s=s: F.linear(x, hb.functional.dequantize_4bit(p, s)) for p, s in packs]
         )
-        row[f"today{name}"] = time([lambda p=p, s=s: hb.matmul_4bit(x, p, s) for p, s in packs])
+        row[f"today{name}"] = clock.graph_us([lambda p=p, s=s: hb.matmul_4bit(x, p, s) for p, s in packs])
         for form, options in FORMS.items():
             if nested and form != "plan":
                 continue
-            row[form + name] = time([lambda p=p, s=s, o=options: forced(x, p, s, o) for p, s in packs])
-    return row
+            row[form + name] = clock.graph_us([lambda p=p, s=s, o=options: forced(x, p, s, o) for p, s in packs])
+    return {name: round(us, 2) for name, us in row.items()}
 
 
 def main():
-    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "halfbyte": hb.__version__}
+    command = {"command": "python benches/many_rows.py"}
+    print(json.dumps({"provenance": record.provenance(torch.device("cuda")) | command}))
     for n, k in SHAPES:
         for m in ROWS:
-            print(json.dumps({"op": "matmul_4bit_many_rows", "N": n, "K": k, "M": m, "us": measure(n, k, m), **where}))
+            print(json.dumps({"op": "matmul_4bit_many_rows", "N": n, "K": k, "M": m, "us": measure(n, k, m)}))
             torch.cuda.empty_cache()
 
 

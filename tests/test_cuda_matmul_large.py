@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_products import CODES, HALVES, HOSTILE, error, exact_weight, hostile_weight, weight
 
 from halfbyte import _native
 from halfbyte._matmul import statistics
@@ -13,19 +14,10 @@ from halfbyte.functional import dequantize_4bit, quantize_4bit
 
 pytestmark = pytest.mark.gpu
 
-HALVES = [torch.bfloat16, torch.float16]
 # Tokens of a tile, blocks that share a tile along K, weights by way of shared memory.
 FORMS: list[tuple[int, int, bool]] = [
     *((tokens, split, False) for tokens in (128, 256) for split in (1, 2, 4)),
     *((256, split, True) for split in (1, 2, 4)),
-]
-CODES = [
-    ("nf4", 64, False),
-    ("nf4", 64, True),
-    ("fp4", 64, False),
-    ("nf4", 128, False),
-    ("nf4", 4096, True),
-    ("fp4", 256, True),
 ]
 
 
@@ -52,26 +44,6 @@ def product(
     )
     assert done
     return out
-
-
-def exact_weight(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """The weight as code × scale in fp32."""
-    dtype, state.dtype = state.dtype, torch.float32
-    dense = dequantize_4bit(packed, state)
-    state.dtype = dtype
-    return dense
-
-
-def error(out: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> float:
-    """Relative error against double precision."""
-    expected = x.double() @ dense.double().t()
-    if bias is not None:
-        expected += bias.double()
-    return float((out.double() - expected).norm() / expected.norm())
-
-
-def weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    return (torch.randn(n, k, device="cuda") * 0.02).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -101,20 +73,11 @@ def test_little_k(k, shared):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("case", ["one huge block", "alternating signs", "zeros", "subnormal scales"])
+@pytest.mark.parametrize("case", HOSTILE)
 def test_no_worse_than_a_dense_product(case, shared, dtype):
     torch.manual_seed(2)
     n, k, rows = 384, 2048, 300
-    w = torch.randn(n, k, device="cuda") * 0.02
-    if case == "one huge block":
-        w[5, 64:128] *= 1e6 if dtype == torch.bfloat16 else 1e3
-    elif case == "alternating signs":
-        w = w.abs() * (1 - 2 * (torch.arange(k, device="cuda") % 2))
-    elif case == "zeros":
-        w[:, : k // 2] = 0
-    else:
-        w *= 1e-38 if dtype == torch.bfloat16 else 1e-5
-    packed, state = quantize_4bit(w.to(dtype), quant_type="nf4", compress_statistics=False)
+    packed, state = quantize_4bit(hostile_weight(case, n, k, dtype), quant_type="nf4", compress_statistics=False)
     exact = exact_weight(packed, state)
     x = torch.randn(rows, k, device="cuda", dtype=dtype)
     theirs = error(torch.nn.functional.linear(x, dequantize_4bit(packed, state)), x, exact)

@@ -4,51 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_products import CODES, HALVES, HOSTILE, error, exact_weight, hostile_weight, weight
 
 import halfbyte
 from halfbyte.functional import dequantize_4bit, quantize_4bit
 
 pytestmark = pytest.mark.gpu
 
-HALVES = [torch.bfloat16, torch.float16]
 # One number of rows of x for each kernel, its neighbours, and more rows than one row of blocks takes.
 ROWS = [9, 16, 17, 32, 33, 64, 65, 100, 128]
-
-
-def error(out: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> float:
-    """Relative error against double precision."""
-    expected = x.double() @ dense.double().t()
-    if bias is not None:
-        expected += bias.double()
-    return float((out.double() - expected).norm() / expected.norm())
-
-
-def weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    return (torch.randn(n, k, device="cuda") * 0.02).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("n", "k"), [(128, 256), (4096, 4096), (100, 64), (130, 192), (513, 1088), (1024, 14336), (7, 8192)]
 )
-@pytest.mark.parametrize(
-    ("kind", "block", "nested"),
-    [
-        ("nf4", 64, False),
-        ("nf4", 64, True),
-        ("fp4", 64, False),
-        ("nf4", 128, False),
-        ("nf4", 4096, True),
-        ("fp4", 256, True),
-    ],
-)
+@pytest.mark.parametrize(("kind", "block", "nested"), CODES)
 def test_every_kernel(n, k, kind, block, nested, dtype):
     torch.manual_seed(0)
     packed, state = quantize_4bit(weight(n, k, dtype), quant_type=kind, blocksize=block, compress_statistics=nested)
     # The kernel's weights are at least as near to this as those rounded to 16 bits, which bitsandbytes multiplies with.
-    state.dtype = torch.float32
-    exact = dequantize_4bit(packed, state)
-    state.dtype = dtype
+    exact = exact_weight(packed, state)
     for rows in ROWS:
         x = torch.randn(rows, k, device="cuda", dtype=dtype)
         bias = torch.randn(n, device="cuda", dtype=dtype) if rows % 2 else None
@@ -59,25 +35,15 @@ def test_every_kernel(n, k, kind, block, nested, dtype):
 
 
 @pytest.mark.parametrize("rows", [16, 48, 128])
-@pytest.mark.parametrize("case", ["one huge block", "alternating signs", "zeros", "subnormal scales"])
+@pytest.mark.parametrize("case", HOSTILE)
 def test_no_worse_than_a_dense_product(case, rows):
     torch.manual_seed(1)
     n, k = 384, 2048
-    w = torch.randn(n, k, device="cuda") * 0.02
-    if case == "one huge block":
-        w[5, 64:128] *= 1e6
-    elif case == "alternating signs":
-        w = w.abs() * (1 - 2 * (torch.arange(k, device="cuda") % 2))
-    elif case == "zeros":
-        w[:, : k // 2] = 0
-    else:
-        w *= 1e-38
-    w = w.bfloat16()
-    packed, state = quantize_4bit(w, quant_type="nf4", compress_statistics=False)
+    packed, state = quantize_4bit(
+        hostile_weight(case, n, k, torch.bfloat16), quant_type="nf4", compress_statistics=False
+    )
     dense = dequantize_4bit(packed, state)
-    state.dtype = torch.float32
-    exact = dequantize_4bit(packed, state)
-    state.dtype = torch.bfloat16
+    exact = exact_weight(packed, state)
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
     out = halfbyte.matmul_4bit(x, packed.t(), state)
     theirs = error(torch.nn.functional.linear(x, dense), x, exact)

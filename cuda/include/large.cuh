@@ -1,5 +1,4 @@
-// What the product of many rows needs of the hardware beside the headers that it shares: pairs as floats, and stores of a transposed
-// tile.
+// What the product of many rows needs of the hardware beside the headers that it shares: pairs as floats and back.
 #pragma once
 #include "shared.cuh"
 
@@ -23,11 +22,4 @@ template <> DEVICE u32 pack<F16>(float low, float high) {  // one instruction, w
     u32 r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
-}
-
-// Four 8 × 8 tiles of 16-bit elements, of which a lane (g, t) has columns 2t, 2t + 1 of row g, transposed: lanes 8i … 8i + 7 name
-// where the rows of tile i go.
-DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
 }

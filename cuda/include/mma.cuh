@@ -19,6 +19,10 @@
 constexpr u32 TABLE_WORDS = 256 * WARP;
 constexpr u32 TILE_FLOATS = 16 * 8;  // one accumulator tile
 
+// Element i of four; i is a constant after unrolling.
+DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+DEVICE u32 element(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 // The 16 values of a code as 16-bit numbers, four a word; they come as kernel arguments, which need no load.
 struct Values {
     u64 words[4];

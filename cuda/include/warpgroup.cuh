@@ -47,6 +47,13 @@ template <int N> DEVICE void pin(float (&d)[N]) {
 // A register that MMAs read: theirs until here.
 DEVICE void keep(u32& r) { asm volatile("" : "+r"(r)); }
 
+// Four 8 × 8 tiles of 16-bit elements, of which a lane (g, t) has columns 2t, 2t + 1 of row g, transposed: lanes 8i … 8i + 7 name
+// where the rows of tile i go.
+DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
 // An operand at a shared address; the next 32 bytes along K are 2 further.
 DEVICE u64 swizzled_operand(u32 address) { return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62; }
 // `k_stride`: bytes from 16 bytes of K to the next.

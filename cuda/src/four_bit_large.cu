@@ -169,9 +169,6 @@ DEVICE void serve_scales(const Share& share, u32 lane) {
 
 // --- decoding --------------------------------------------------------------------------------------------------------------
 
-DEVICE u32 word(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // Two weights. `selector` takes a byte of `four` into bits 8 … 15 of `table`, which is where the table is for this lane.
 DEVICE u32 weights_of(u32 four, u32 selector, u32 table, float scale) {
     const float2 values = values_of<ELEMENT>(look_up(__byte_perm(four, table, selector)));
@@ -284,7 +281,7 @@ DEVICE void serve_decoded(const Share& share, const TensorMap& map, u32 row) {
                 const u32 to = share.decoded(step) + row * 128;
 #pragma unroll
                 for (u32 c = 0; c < 8; ++c) {
-                    const u32 four = word(bytes[c / 4], c % 4);
+                    const u32 four = element(bytes[c / 4], c % 4);
                     auto get = [&](u32 byte) { return weights_of(four, SELECTOR | byte << 4, table, scale); };
                     store_words(to + (c ^ row % 8) * 16, get(0), get(1), get(2), get(3));
                 }
@@ -340,7 +337,7 @@ struct Multiplier {
                         const float scale = element(scales[odd], step);
 #pragma unroll
                         for (u32 i = 0; i < 4; ++i)
-                            a[step % 2][2 * h + i / 2][odd + i % 2 * 2] = weights_of(word(bytes, i), selector, table, scale);
+                            a[step % 2][2 * h + i / 2][odd + i % 2 * 2] = weights_of(element(bytes, i), selector, table, scale);
                     }
                 }
                 if (step == STEPS - 1) {

@@ -76,9 +76,6 @@ struct Problem {
     float ungain;         // what the sums are multiplied with: 1 / the gain of the values
 };
 
-DEVICE float element(float4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-DEVICE u32 element(uint4 v, u32 i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // Where the four scales of a row of a stage lie: in the gaps of the table.
 template <u32 ROWS> DEVICE u32 scales_at(u32 table, u32 stage, u32 row) {
     return table + (stage * (ROWS / 8) + row / 8) * 256 + 128 + row % 8 * 16;

@@ -18,7 +18,6 @@
 
 constexpr u32 PART = TOKENS < 64 ? TOKENS : 64;  // tokens whose results go through shared memory at a time
 
-
 // Shared memory behind the ring: entries, results of a group, then scales of the tokens for each group and the window.
 constexpr u32 RESULTS = PART * 128;
 
@@ -51,11 +50,6 @@ struct Tiles {
         return {inner / width * rows, (first + inner % width) * TOKENS};
     }
 };
-
-DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
-}
 
 // Writes a warpgroup's tile of 16-bit results: through shared memory at `at`, so that a token's 64 weights are written together.
 template <class T>

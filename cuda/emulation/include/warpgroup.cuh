@@ -41,6 +41,16 @@ template <int N> void mma_wait() { machine::mma_wait(N); }
 template <int N> void pin(float (&)[N]) {}
 inline void keep(u32&) {}
 
+inline void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
+    const u32 lane = machine::thread() % 32, g = lane / 4, t = lane % 4, words[4] = {a, b, c, d};
+    for (u32 i = 0; i < 4; ++i)
+        for (u32 e = 0; e < 2; ++e) {
+            const u32 row = machine::exchange(at, i * 8 + 2 * t + e);
+            machine::store(row + g * 2, u16(words[i] >> 16 * e));
+        }
+    machine::sync_warp();
+}
+
 inline u64 swizzled_operand(u32 address) {
     if (address % 1024) machine::fail("an operand is misaligned");
     return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
