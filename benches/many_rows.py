@@ -1,8 +1,8 @@
 """The 4-bit product of many rows, every form of its kernel beside cuBLAS and dequantize + cuBLAS, JSON lines.
 
 ``python benches/many_rows.py`` on a Hopper GPU. Microseconds a product, in a graph over several weights so that none is
-left in the L2: the figures that ``ROWS`` in ``matmul_large.rs`` is to be filled by. ``tests/test_cuda_matmul_large.py``
-is what shows that the forms are right.
+left in the L2: what ``MOST`` and ``SIZES`` in ``matmul_large.rs`` are chosen by. ``tests/test_cuda_matmul_large.py`` is
+what shows that the forms are right.
 """
 
 import json
@@ -17,13 +17,9 @@ from halfbyte.cli.bench import clock, record
 
 SHAPES = [(14336, 4096), (4096, 14336), (28672, 8192), (4096, 4096)]
 ROWS = [64, 128, 256, 512, 1024, 2048, 8192]
-# tokens of a tile, blocks along K, decoded through shared memory
-FORMS = {
-    f"{tokens}{' shared' * shared}/{split}": (tokens, split, shared)
-    for tokens, shared in ((128, False), (256, False), (256, True))
-    for split in (1, 2, 4)
-}
-FORMS["plan"] = (0, 0, False)
+# tokens of a tile, blocks along K
+FORMS = {f"{tokens}/{split}": (tokens, split) for tokens in (128, 256) for split in (1, 2, 4)}
+FORMS["plan"] = (0, 0)
 
 
 def forced(x, packed, state, form):

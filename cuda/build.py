@@ -75,16 +75,10 @@ FAMILIES += [
     for name, element in ELEMENTS.items()
     for tokens in (16, 32, 64, 128)
 ]
-# The second form of 256 tokens is there to be measured against the first.
 FAMILIES += [
-    Family(
-        f"four_bit_large_{'shared_' * shared}{name}_{tokens}",
-        "four_bit_large.cu",
-        ("90a",),
-        {"ELEMENT": element, "TOKENS": str(tokens), "SHARED": str(shared)},
-    )
+    Family(f"four_bit_large_{name}_{tokens}", "four_bit_large.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})
     for name, element in ELEMENTS.items()
-    for tokens, shared in ((128, 0), (256, 0), (256, 1))
+    for tokens in (128, 256)
 ]
 
 FAMILIES += [Family("four_bit_experts", "four_bit_experts.cu", ("75", "80"))]

@@ -100,7 +100,7 @@ def products(dtype: torch.dtype, code: torch.Tensor) -> None:
     """A product for each kernel, with plain and with nested scales."""
     shapes = [(1, 33, 320), (8, 300, 1024), (8, 16, 8192), (9, 17, 64), (16, 4000, 192), (3, 20, 77), (30, 9, 65)]
     if dtype != torch.float32:  # the last are as many rows of the weight as make a block take 256
-        shapes += [(20, 300, 1088), (40, 130, 2048), (100, 40, 320), (12, 17_000, 64), (40, 17_000, 64)]
+        shapes += [(20, 300, 1088), (40, 130, 2048), (100, 40, 320), (12, 17_000, 64), (40, 17_000, 64), (300, 136, 512)]
     for m, n, k in shapes:
         block = 64
         w = torch.randn(n * k).cuda()
@@ -115,6 +115,12 @@ def products(dtype: torch.dtype, code: torch.Tensor) -> None:
         nested = torch.empty(-(-absmax.numel() // 256), device="cuda")
         _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
         _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
+        if k % 64 == 0 and m >= 30 and dtype != torch.float32:  # the kernel for many rows, where the GPU has it
+            for tokens, split in ((128, 1), (128, 2), (256, 1), (256, 2)):
+                if split == 1 or k > 256:
+                    form = {"tokens": tokens, "split": split}
+                    _native.matmul_4bit_large(x, packed, absmax, y, "nf4", block, bias, **form)
+                    _native.matmul_4bit_large(x, packed, codes, y, "nf4", block, None, nested, code, offset, **form)
         y.cpu()
 
 

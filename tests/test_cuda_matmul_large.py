@@ -14,11 +14,8 @@ from halfbyte.functional import dequantize_4bit, quantize_4bit
 
 pytestmark = pytest.mark.gpu
 
-# Tokens of a tile, blocks that share a tile along K, weights by way of shared memory.
-FORMS: list[tuple[int, int, bool]] = [
-    *((tokens, split, False) for tokens in (128, 256) for split in (1, 2, 4)),
-    *((256, split, True) for split in (1, 2, 4)),
-]
+# Tokens of a tile, blocks that share a tile along K.
+FORMS: list[tuple[int, int]] = [(tokens, split) for tokens in (128, 256) for split in (1, 2, 4)]
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +28,14 @@ def product(
     x: torch.Tensor,
     packed: torch.Tensor,
     state: Any,
-    form: tuple[int, int, bool] = (0, 0, False),
+    form: tuple[int, int] = (0, 0),
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     n = state.shape[0]
     out = torch.full((x.shape[0], n), float("nan"), device="cuda", dtype=x.dtype) if out is None else out
     absmax, nested = statistics(state, x.device)
-    tokens, split, shared = form
-    done = _native.matmul_4bit_large(
-        x, packed, absmax, out, state.quant_type, state.blocksize, bias, *nested, tokens, split, shared
-    )
+    done = _native.matmul_4bit_large(x, packed, absmax, out, state.quant_type, state.blocksize, bias, *nested, *form)
     assert done
     return out
 
@@ -58,30 +52,30 @@ def test_every_form(n, k, kind, block, nested, dtype):
         bias = torch.randn(n, device="cuda", dtype=dtype) if rows % 2 else None
         for form in FORMS:
             out = product(x, packed, state, form, bias)
-            assert error(out, x, exact, bias) < (3e-3 if dtype == torch.bfloat16 else 4e-4), (rows, form)
+            # Few results can have a sum that is small for its terms.
+            few = 2 if out.numel() < 100 else 1
+            assert error(out, x, exact, bias) < few * (3e-3 if dtype == torch.bfloat16 else 4e-4), (rows, form)
             assert torch.equal(out, product(x, packed, state, form, bias)), (rows, form)
 
 
 @pytest.mark.parametrize("k", [64, 192, 256, 320])
-@pytest.mark.parametrize("shared", [False, True])
-def test_little_k(k, shared):
+def test_little_k(k):
     torch.manual_seed(1)
     packed, state = quantize_4bit(weight(260, k, torch.bfloat16), quant_type="nf4")
     x = torch.randn(257, k, device="cuda", dtype=torch.bfloat16)
-    assert error(product(x, packed, state, (0, 0, shared)), x, exact_weight(packed, state)) < 3e-3
+    assert error(product(x, packed, state), x, exact_weight(packed, state)) < 3e-3
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("case", HOSTILE)
-def test_no_worse_than_a_dense_product(case, shared, dtype):
+def test_no_worse_than_a_dense_product(case, dtype):
     torch.manual_seed(2)
     n, k, rows = 384, 2048, 300
     packed, state = quantize_4bit(hostile_weight(case, n, k, dtype), quant_type="nf4", compress_statistics=False)
     exact = exact_weight(packed, state)
     x = torch.randn(rows, k, device="cuda", dtype=dtype)
     theirs = error(torch.nn.functional.linear(x, dequantize_4bit(packed, state)), x, exact)
-    assert error(product(x, packed, state, (256, 1, shared)), x, exact) <= theirs * 1.05 + 1e-7
+    assert error(product(x, packed, state, (256, 1)), x, exact) <= theirs * 1.05 + 1e-7
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,22 +96,20 @@ def test_nothing_beyond_the_edges_is_read_or_written(form):
 
 
 @pytest.mark.parametrize("offset", [1, 4])
-@pytest.mark.parametrize("shared", [False, True])
-def test_an_output_that_is_not_aligned(offset, shared):
+def test_an_output_that_is_not_aligned(offset):
     torch.manual_seed(4)
     packed, state = quantize_4bit(weight(136, 512, torch.bfloat16), quant_type="nf4")
     x = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(300 * 136 + offset, device="cuda", dtype=torch.bfloat16)[offset:].view(300, 136)
-    product(x, packed, state, (256, 1, shared), out=out)
+    product(x, packed, state, (256, 1), out=out)
     assert error(out, x, exact_weight(packed, state)) < 3e-3
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_captured_and_replayed_with_other_activations(shared):
+def test_captured_and_replayed_with_other_activations():
     torch.manual_seed(5)
     packed, state = quantize_4bit(weight(4096, 4096, torch.bfloat16), quant_type="nf4", compress_statistics=True)
     x = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16)
-    form = (256, 1, shared)
+    form = (256, 1)
     product(x, packed, state, form)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

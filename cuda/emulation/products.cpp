@@ -202,7 +202,10 @@ int main(int count, char** arguments) {
     }
     launch.blocks_x = first * launch.cluster;
     machine::run(launch, weather, [&] {
-        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, stages, u32(matrices.size()), pieces);
+        auto multiply = [&](auto kernel) {
+            kernel(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, stages, u32(matrices.size()), pieces);
+        };
+        matrices[0].is_nested ? multiply(matmul_4bit_stream_nested) : multiply(matmul_4bit_stream_plain);
     });
 #else
     Problem problem{};

@@ -1,4 +1,4 @@
-// The serving side of four_bit_stream.cu: which stages a block goes through, and the two warps that bring weights and scales.
+// The serving side of four_bit_stream.cu: which stages a block goes through, and the warps that bring weights and scales.
 #pragma once
 #include "async_copy.cuh"
 #include "hopper.cuh"
@@ -14,7 +14,7 @@ constexpr u32 GROUP = 8;        // tiles whose sums are in registers at a time
 // A stage: rows of weights, then rows of scales, each padded so that 8 of them lie in different banks.
 constexpr u32 ROW_BYTES = MOST_WARPS * SLICE * 32 + 32, SCALE_FLOATS = MOST_WARPS * SLICE + 4;
 constexpr u32 STAGE_BYTES = ROWS * (ROW_BYTES + SCALE_FLOATS * 4);
-// One serving warp copies the rows of a stage below this one; the other copies the rest, and the scales.
+// Where one serving warp has the scales and copies weights too, the other has the rows of a stage below this one.
 constexpr u32 SPLIT_ROW = 20;
 
 // Nested scales on their way: codes of a stage's rows, then two nested scales a row.
@@ -123,52 +123,29 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     }
 }
 
-// Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes: the other warp copies all weights. Codes and
-// nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes those of a row.
-DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, const float* map, u32 lane) {
-    const float offset = __ldg(weight.offset);
+// Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes: another warp copies all weights. Warp `part` of two
+// has half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
+// half of a row's. `map` is filled by both while the first codes are on their way.
+DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
+    constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
+    static_assert(MINE * 2 == WARP, "two lanes a row");
     const u8* codes = static_cast<const u8*>(weight.absmax);
+    const u32 first_row = part * MINE, row = first_row + lane % MINE, half = lane / MINE;
     u32 fetched = 0, landed = 0;
     auto fetch = [&](const Walk& walk) {
         const u32 to = share.codes + fetched++ % CODE_STAGES * CODE_STAGE_BYTES, rows = share.rows(walk.row0());
 #pragma unroll
-        for (u32 i = 0; i < ROWS * CODE_WORDS / WARP; ++i) {
-            const u32 row = i * (WARP / CODE_WORDS) + lane / CODE_WORDS, word = lane % CODE_WORDS;
-            const bool valid = row < rows && word < walk.width() / 4;
-            const u64 at = u64(walk.row0() + row) * share.blocks + walk.block() + word * 4;
-            copy4(to + row * CODE_ROW + word * 4, codes + (valid ? at : 0), valid ? 4 : 0);
+        for (u32 i = 0; i < MINE * CODE_WORDS / WARP; ++i) {
+            const u32 r = first_row + i * (WARP / CODE_WORDS) + lane / CODE_WORDS, word = lane % CODE_WORDS;
+            const bool valid = r < rows && word < walk.width() / 4;
+            const u64 at = u64(walk.row0() + r) * share.blocks + walk.block() + word * 4;
+            copy4(to + r * CODE_ROW + word * 4, codes + (valid ? at : 0), valid ? 4 : 0);
         }
         // A row's codes of a stage can belong to two nested scales.
-        const u64 at = u64(walk.row0() + lane) * share.blocks + walk.block();
-        const bool valid = lane < rows;
-        copy4(to + ROWS * CODE_ROW + lane * 8, weight.nested + (valid ? at >> nested_shift : 0), valid ? 4 : 0);
-        copy4(to + ROWS * CODE_ROW + lane * 8 + 4, weight.nested + (valid ? at + walk.width() - 1 >> nested_shift : 0), valid ? 4 : 0);
+        const u64 at = u64(walk.row0() + row) * share.blocks + walk.block() + (half ? walk.width() - 1 : 0);
+        const bool valid = row < rows;
+        copy4(to + ROWS * CODE_ROW + row * 8 + half * 4, weight.nested + (valid ? at >> nested_shift : 0), valid ? 4 : 0);
         commit();
-    };
-    Turn turn;
-    auto land = [&](const Walk& walk) {
-        wait_for_copies<CODE_STAGES - 2>();
-        __syncwarp();
-        const u32 from = share.codes + landed++ % CODE_STAGES * CODE_STAGE_BYTES;
-        const float2 nested = load_float2(from + ROWS * CODE_ROW + lane * 8);
-        const u64 at = u64(walk.row0() + lane) * share.blocks + walk.block();
-        // Codes from here on have the second nested scale.
-        const u32 turns = u32(min(u64(CODE_WORDS * 4), ((at >> nested_shift) + 1 << nested_shift) - at));
-        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
-        u32 words[CODE_WORDS];
-#pragma unroll
-        for (u32 w = 0; w < CODE_WORDS; ++w) words[w] = load_word(from + lane * CODE_ROW + w * 4);
-#pragma unroll
-        for (u32 w = 0; w < CODE_WORDS; ++w) {
-            auto scale = [&](u32 byte) {
-                return fmaf(map[words[w] >> 8 * byte & 0xff], w * 4 + byte < turns ? nested.x : nested.y, offset);
-            };
-            store_float4(to + w * 16, make_float4(scale(0), scale(1), scale(2), scale(3)));
-        }
-        barrier_arrive(share.full + turn.stage * 8);  // in place of copies of weights, of which it has none
-        if (lane == 0) barrier_arrive(share.full + turn.stage * 8);
-        turn.next(share.stages);
     };
     Walk ahead(share), now(share);
     auto fetch_next = [&] {
@@ -176,7 +153,33 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
         else commit();
     };
     for (u32 i = 0; i < CODE_STAGES - 1; ++i) fetch_next();
-    for (; now.valid(); now.next()) land(now), fetch_next();
+    const float offset = __ldg(weight.offset);
+    for (u32 i = part * WARP + lane; i < 256; i += 2 * WARP) map[i] = __ldg(weight.map + i);
+    named_barrier(4, 2 * WARP);
+    Turn turn;
+    for (; now.valid(); now.next(), fetch_next()) {
+        wait_for_copies<CODE_STAGES - 2>();
+        __syncwarp();
+        const u32 from = share.codes + landed++ % CODE_STAGES * CODE_STAGE_BYTES;
+        const float2 nested = load_float2(from + ROWS * CODE_ROW + row * 8);
+        const u64 at = u64(now.row0() + row) * share.blocks + now.block();
+        // Codes from here on have the second nested scale.
+        const u32 turns = u32(min(u64(CODE_WORDS * 4), ((at >> nested_shift) + 1 << nested_shift) - at));
+        u32 words[WORDS];
+#pragma unroll
+        for (u32 w = 0; w < WORDS; ++w) words[w] = load_word(from + row * CODE_ROW + (half * WORDS + w) * 4);
+        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        const u32 to = share.scales(turn.stage) + (row * SCALE_FLOATS + half * WORDS * 4) * 4;
+#pragma unroll
+        for (u32 w = 0; w < WORDS; ++w) {
+            auto scale = [&](u32 byte) {
+                return fmaf(map[words[w] >> 8 * byte & 0xff], (half * WORDS + w) * 4 + byte < turns ? nested.x : nested.y, offset);
+            };
+            store_float4(to + w * 16, make_float4(scale(0), scale(1), scale(2), scale(3)));
+        }
+        barrier_arrive(share.full + turn.stage * 8);
+        turn.next(share.stages);
+    }
 }
 
 // Any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the ring does not matter.

@@ -185,13 +185,6 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("four_bit_large_bf16_256.compute_90a.ptx"), "\0"),
     },
     Image {
-        family: "four_bit_large_shared_bf16_256",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_large_shared_bf16_256.compute_90a.ptx"), "\0"),
-    },
-    Image {
         family: "four_bit_large_f16_128",
         capability: 90,
         specific: true,
@@ -204,13 +197,6 @@ pub static IMAGES: &[Image] = &[
         specific: true,
         ptx_version: "8.0",
         ptx: concat!(include_str!("four_bit_large_f16_256.compute_90a.ptx"), "\0"),
-    },
-    Image {
-        family: "four_bit_large_shared_f16_256",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_large_shared_f16_256.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "four_bit_experts",

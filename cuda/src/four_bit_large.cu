@@ -6,36 +6,33 @@
 // rings: x in steps of 64 of K, packed weights and their scales in stages of 256. A weight is a 16-bit number as dequantizing makes
 // it, code · absmax rounded once, so that sums stay in the tensor cores from the first step to the last.
 //
-// There are two forms, as a multiprocessor's shared memory moves 128 bytes a cycle, and a step of 256 tokens has 1024 cycles of MMAs:
+// Weights go from packed bytes into A operands in registers: a warpgroup decodes its next step while the tensor cores have the last
+// one, or the other warpgroup's. What binds is shared memory, which moves 128 bytes a cycle, while a step of 256 tokens has 1024 cycles
+// of MMAs:
 //
-//   bytes / 128 of a step                       MMAs read   x comes   packed come, are read   look-ups   weights written   in all
-//   SHARED = 0   who multiplies decodes               512       256              32 +   100        128                 0     1028
-//   SHARED = 1   a warpgroup decodes for two          640       256              32 +    32        128               128     1216
-//
-// In the first form weights go from packed bytes into A operands in registers: a warpgroup decodes its next step while the tensor cores
-// have the last one, or the other warpgroup's. In the second the multiplying warps do nothing but multiply, from shared memory.
+//   bytes / 128 of a step     MMAs read   x comes   packed come, are read   look-ups   in all
+//                                   512       256              32 +   100        128     1028
 //
 // Decoding is one look-up a byte: the pair of 16-bit values (times a gain with which they round well) of byte b for a lane is at
 // 64 K + 256 · b + 4 · lane, so that one byte permutation makes the address and every lane has a bank of its own. Two values become
 // floats, are multiplied with the block's scale, and are rounded together. Packed weights lie in the table's gaps, a row's 128 bytes of
 // a stage in each, 16-byte pieces swizzled.
 //
-// Warps: 0 copies x by the tensor memory accelerator, 1 and 2 packed weights, 3 scales (or all of them copy and decode); then two
-// warpgroups multiply.
+// Warps: 0 copies x by the tensor memory accelerator, 1 and 2 packed weights, 3 scales; then two warpgroups multiply.
 //
 // A cluster shares a tile along K: its blocks add their sums at the end, each those of its part of the tokens, in fixed order. Where
 // there are no clusters a block has one tile after another; where there are, one in all, as sums go where x has been.
 //
-// Shared memory from the begin of its window: barriers at 2 K, map at 3 K; at 4 K the last stage of x, or decoded weights; scales at
-// 36 K; results at 40 K; table at 64 K; x at 128 K.
+// Shared memory from the begin of its window: barriers at 2 K, map at 3 K; at 4 K the last stage of x; scales at 36 K; results at
+// 40 K; table at 64 K; x at 128 K.
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2 for each tile beside) + 2·M·N.
 #include "large.cuh"
 #include "mma.cuh"
 #include "scale_server.cuh"
 #include "wgmma.cuh"
 
-#if !defined(ELEMENT) || !defined(TOKENS) || !defined(SHARED)
-#error "compile with -DELEMENT=Bf16 or F16, -DTOKENS=128 or 256 and -DSHARED=0 or 1"
+#if !defined(ELEMENT) || !defined(TOKENS)
+#error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=128 or 256"
 #endif
 
 constexpr u32 ROWS = 128;     // of a tile, 64 a warpgroup
@@ -47,14 +44,13 @@ constexpr u32 BARRIERS_AT = 2 * 1024, MAP_AT = 3 * 1024, LOW_AT = 4 * 1024, SCAL
 constexpr u32 TABLE_AT = 64 * 1024, HIGH_AT = 128 * 1024, HIGH_BYTES = 96 * 1024;
 constexpr u32 STAGES = 2;                        // 128 gaps of the table each
 constexpr u32 X_BYTES = TOKENS * 128;            // 64 of K
-constexpr u32 X_HIGH = HIGH_BYTES / X_BYTES, X_STAGES = X_HIGH + (SHARED ? 0 : (SCALES_AT - LOW_AT) / X_BYTES);
-constexpr u32 DECODED_BYTES = ROWS * 128;        // of a step; two of them, in turn
+constexpr u32 X_HIGH = HIGH_BYTES / X_BYTES, X_STAGES = X_HIGH + (SCALES_AT - LOW_AT) / X_BYTES;
 constexpr u32 QUARTER = TOKENS / 4, QUARTER_SUMS = TOKENS / 8;
-static_assert(LOW_AT + 2 * DECODED_BYTES <= SCALES_AT && RESULTS_AT + 2 * QUARTER * 128 <= TABLE_AT, "shared memory");
+static_assert(RESULTS_AT + 2 * QUARTER * 128 <= TABLE_AT, "shared memory");
 static_assert(3 * 2 * QUARTER_SUMS * 512 <= HIGH_BYTES, "sums of a cluster");
 
 // Registers of a thread, together no more than the block has from the start: 384 × 168.
-constexpr u32 SERVING_REGISTERS = SHARED ? 120 : 56, MULTIPLYING_REGISTERS = SHARED ? 192 : 224;
+constexpr u32 SERVING_REGISTERS = 56, MULTIPLYING_REGISTERS = 224;
 
 struct Problem {
     const u8* packed;
@@ -92,20 +88,16 @@ struct Share {
     DEVICE u32 barrier(u32 i) const { return window + BARRIERS_AT + i * 8; }
     DEVICE u32 full() const { return barrier(0); }
     DEVICE u32 empty() const { return barrier(STAGES); }
-    DEVICE u32 decoded_full() const { return barrier(2 * STAGES); }
-    DEVICE u32 decoded_empty() const { return barrier(2 * STAGES + 2); }
-    DEVICE u32 x_full() const { return barrier(2 * STAGES + 4); }
-    DEVICE u32 x_empty() const { return barrier(2 * STAGES + 4 + X_STAGES); }
+    DEVICE u32 x_full() const { return barrier(2 * STAGES); }
+    DEVICE u32 x_empty() const { return barrier(2 * STAGES + X_STAGES); }
     DEVICE u32 x(u32 stage) const {
         return window + (stage < X_HIGH ? HIGH_AT + stage * X_BYTES : LOW_AT + (stage - X_HIGH) * X_BYTES);
     }
-    DEVICE u32 decoded(u32 step) const { return window + LOW_AT + step % 2 * DECODED_BYTES; }
     DEVICE u32 scales(u32 stage, u32 row) const { return window + SCALES_AT + (stage * ROWS + row) * 16; }
     // Of a row's 128 bytes of a stage.
     DEVICE u32 packed(u32 stage, u32 row) const { return window + TABLE_AT + 128 + (stage * ROWS + row) * 256; }
 };
 
-#if !SHARED
 // --- warps that copy -------------------------------------------------------------------------------------------------------
 
 DEVICE void serve_x(const Share& share, const TensorMap& map, u32 lane) {
@@ -165,7 +157,6 @@ DEVICE void serve_scales(const Share& share, u32 lane) {
         else server.any(turn);
     }
 }
-#endif
 
 // --- decoding --------------------------------------------------------------------------------------------------------------
 
@@ -181,118 +172,6 @@ DEVICE float4 load_scales(const Share& share, u32 stage, u32 row) {
     return make_float4(s.x * share.p.ungain, s.y * share.p.ungain, s.z * share.p.ungain, s.w * share.p.ungain);
 }
 
-#if SHARED
-// A row's scales of a stage on their way.
-struct RowScales {
-    const Share& share;
-    Way way;
-    u32 n;  // the row
-    bool valid;
-    float4 plain;
-    u32 codes;
-    float nested;
-
-    DEVICE RowScales(const Share& share, u32 n) : share(share), way(way_of(share.p)), n(n), valid(n < share.p.N) {}
-    DEVICE u64 block(u32 stage) const { return u64(n) * (share.p.K / 64) + stage * 4; }
-    DEVICE void fetch(u32 stage) {
-        const Problem& p = share.p;
-        if (!valid || stage >= share.end) return;
-        if (way == Way::WHOLE) {
-            plain = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(p.absmax) + block(stage)));
-        } else if (way == Way::NESTED) {
-            codes = __ldg(reinterpret_cast<const u32*>(static_cast<const u8*>(p.absmax) + block(stage)));
-            nested = __ldg(p.nested + (block(stage) >> p.nested_shift));
-        }
-    }
-    // Of the stage that was fetched last.
-    DEVICE float4 get(u32 stage, float offset) const {
-        const Problem& p = share.p;
-        if (!valid) return make_float4(0.f, 0.f, 0.f, 0.f);
-        if (way == Way::WHOLE) return plain;
-        if (way == Way::NESTED) {
-            auto one = [&](u32 j) { return fmaf(load_float(share.window + MAP_AT + (codes >> 8 * j & 0xff) * 4), nested, offset); };
-            return make_float4(one(0), one(1), one(2), one(3));
-        }
-        const Scales scales{p.absmax, p.nested, p.map, p.offset, p.nested_shift};
-        auto one = [&](u32 j) { return stage * 4 + j < p.K / 64 ? scales.get(block(stage) + j >> p.log2_block - 6) : 0.f; };
-        return make_float4(one(0), one(1), one(2), one(3));
-    }
-};
-
-// The warpgroup that decodes, a thread a row: its warps copy packed weights and scales of their own rows, and the first one copies x too.
-// A step's weights are written when its place is free; then so is that of the x of the next step, which is of three in turn.
-DEVICE void serve_decoded(const Share& share, const TensorMap& map, u32 row) {
-    const Problem& p = share.p;
-    const u32 lane = row % WARP, first_row = row - lane, table = share.window + TABLE_AT + lane * 4, row_bytes = p.K / 2;
-    const float offset = p.nested == nullptr ? 0.f : __ldg(p.offset);
-    if (way_of(p) == Way::NESTED) {
-        for (u32 i = row; i < 256; i += 128) store_float(share.window + MAP_AT + i * 4, __ldg(p.map + i));
-        named_barrier(4, 128);
-    }
-    u32 slot = 0, buffer = 0;
-    auto copy_x = [&](bool valid, u32 tokens, u32 step) {
-        if (row < WARP && valid) {
-            if (lane == 0) {
-                barrier_expect(share.x_full() + slot * 8, X_BYTES);
-                copy_box(share.x(slot), map, share.x_full() + slot * 8, step * 64, tokens);
-            }
-            __syncwarp();
-        }
-        slot = slot == X_STAGES - 1 ? 0 : slot + 1;
-    };
-    Tile next = share.get(share.first);
-    copy_x(share.first < share.count(), next.tokens, share.begin * STEPS);
-    for (u32 i = share.first; i < share.count(); i += share.stride) {
-        const u32 weights = next.weights, tokens = next.tokens;
-        const bool more = i + share.stride < share.count();
-        if (more) next = share.get(i + share.stride);
-        // Four rows at a time, eight pieces of 16 bytes each.
-        auto copy_packed = [&](u32 stage, u32 to_buffer) {
-            const u32 in = lane / 8, piece = lane % 8, column = stage * (STAGE_K / 2) + piece * 16, n = weights + first_row + in;
-            const u8* from = p.packed + u64(n) * row_bytes + column;
-            if (stage < share.end) {
-#pragma unroll
-                for (u32 j = 0; j < WARP / 4; ++j) {
-                    const bool valid = column < row_bytes && n + j * 4 < p.N;
-                    copy16(share.packed(to_buffer, first_row + in + j * 4) + (piece ^ (in + j * 4) % 8) * 16, valid ? from : p.packed, valid);
-                    from += 4 * u64(row_bytes);
-                }
-            }
-            commit();
-        };
-        RowScales scales(share, weights + row);
-        scales.fetch(share.begin);
-        copy_packed(share.begin, buffer);
-#pragma unroll 1
-        for (u32 stage = share.begin; stage < share.end; ++stage, buffer ^= 1) {
-            copy_packed(stage + 1, buffer ^ 1);
-            const float4 unscaled = scales.get(stage, offset);
-            scales.fetch(stage + 1);
-            wait_for_copies<1>();
-            __syncwarp();
-#pragma unroll
-            for (u32 step = 0; step < STEPS; ++step) {
-                const u32 chunk = 2 * step ^ row % 8, at = share.packed(buffer, row);
-                const uint4 bytes[2] = {load_uint4(at + chunk * 16), load_uint4(at + (chunk ^ 1) * 16)};
-                const float scale = element(unscaled, step) * p.ungain;
-                barrier_wait(share.decoded_empty() + step % 2 * 8, step / 2 ^ 1);
-                if (step + 1 < STEPS || stage + 1 < share.end) copy_x(true, tokens, stage * STEPS + step + 1);
-                else copy_x(more, next.tokens, share.begin * STEPS);
-                const u32 to = share.decoded(step) + row * 128;
-#pragma unroll
-                for (u32 c = 0; c < 8; ++c) {
-                    const u32 four = element(bytes[c / 4], c % 4);
-                    auto get = [&](u32 byte) { return weights_of(four, SELECTOR | byte << 4, table, scale); };
-                    store_words(to + (c ^ row % 8) * 16, get(0), get(1), get(2), get(3));
-                }
-                fence_for_mma();
-                __syncwarp();
-                if (lane == 0) barrier_arrive(share.decoded_full() + step % 2 * 8);
-            }
-        }
-    }
-}
-#endif
 
 // --- multiplying -----------------------------------------------------------------------------------------------------------
 
@@ -310,23 +189,18 @@ struct Multiplier {
 #pragma unroll
         for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0.f;
         u32 before = 0;  // the stage of x of the MMAs under way
-        auto release = [&](u32 step) {
-            if (lane == 0) barrier_arrive(SHARED ? share.decoded_empty() + step % 2 * 8 : share.x_empty() + before * 8);
+        auto release = [&] {
+            if (lane == 0) barrier_arrive(share.x_empty() + before * 8);
         };
-#if !SHARED
         const u32 row = group * 64 + warp * 16 + g, table = share.window + TABLE_AT + lane * 4, selector = SELECTOR | t << 4;
         u32 a[2][4][4];
-#endif
 #pragma unroll 1
         for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
-#if !SHARED
             barrier_wait(share.full() + turn.stage * 8, turn.parity);
             const float4 scales[2] = {load_scales(share, turn.stage, row), load_scales(share, turn.stage, row + 8)};
             const u32 at = share.packed(turn.stage, row);
-#endif
 #pragma unroll
             for (u32 step = 0; step < STEPS; ++step) {
-#if !SHARED
                 // Slots 2t, 2t + 1 of eight elements along K are byte t of their word; the MMAs that had this operand are done.
                 const u32 chunk = 2 * step ^ g;
 #pragma unroll
@@ -344,37 +218,25 @@ struct Multiplier {
                     __syncwarp();
                     if (lane == 0) barrier_arrive(share.empty() + turn.stage * 8);
                 }
-#else
-                barrier_wait(share.decoded_full() + step % 2 * 8, step / 2);
-                const u64 left = swizzled_operand(share.decoded(step) + group * 64 * 128);
-#endif
                 barrier_wait(share.x_full() + x_turn.stage * 8, x_turn.parity);
                 const u64 right = swizzled_operand(share.x(x_turn.stage));
                 mma_fence();
 #pragma unroll
-                for (u32 j = 0; j < 4; ++j) {
-#if !SHARED
-                    Wgmma<ELEMENT, TOKENS>::add(sums, a[step % 2][j], right + 2 * j, false);
-#else
-                    mma_16<ELEMENT, TOKENS>(sums, left + 2 * j, right + 2 * j);
-#endif
-                }
+                for (u32 j = 0; j < 4; ++j) Wgmma<ELEMENT, TOKENS>::add(sums, a[step % 2][j], right + 2 * j, false);
                 mma_commit();
                 mma_wait<1>();
-#if !SHARED
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j)
 #pragma unroll
                     for (u32 i = 0; i < 4; ++i) keep(a[(step + 1) % 2][j][i]);
-#endif
-                if (step > 0 || stage > share.begin) release(step + 1);
+                if (step > 0 || stage > share.begin) release();
                 before = x_turn.stage;
                 x_turn.next();
             }
         }
         mma_wait<0>();
         pin(sums);
-        if (share.begin < share.end) release(1);
+        if (share.begin < share.end) release();
     }
 
     // Where blocks of a cluster find sums of a quarter of the tokens that block `from` has and does not finish.
@@ -488,7 +350,6 @@ KERNEL __launch_bounds__(THREADS, 1)
     if (warp == 0) {
         constexpr u32 WARPS = MULTIPLYING / WARP;
         if (lane < STAGES) barrier_init(share.full() + lane * 8, 3 * WARP), barrier_init(share.empty() + lane * 8, WARPS);
-        if (lane < 2) barrier_init(share.decoded_full() + lane * 8, 4), barrier_init(share.decoded_empty() + lane * 8, WARPS);
         if (lane < X_STAGES) barrier_init(share.x_full() + lane * 8, 1), barrier_init(share.x_empty() + lane * 8, WARPS);
         barrier_init_fence();
         if (lane == 0) prefetch_map(x);
@@ -503,13 +364,9 @@ KERNEL __launch_bounds__(THREADS, 1)
 
     if (warp < SERVING / WARP) {
         fewer_registers<SERVING_REGISTERS>();
-#if SHARED
-        serve_decoded(share, x, threadIdx.x);
-#else
         if (warp == 0) serve_x(share, x, lane);
         else if (warp < 3) serve_packed(share, threadIdx.x - WARP);
         else serve_scales(share, lane);
-#endif
         if (ranks > 1) cluster_arrive(), cluster_wait();
     } else {
         more_registers<MULTIPLYING_REGISTERS>();

@@ -13,9 +13,9 @@
 //   tiles 2, 3       [     ][     ]                |              order: step outer, tiles inner, so that a warp has its
 //                                                                 activations of a step in registers for all tiles
 //
-// so that memory is read 1 KB of a row at a time. Two more warps serve (stream.cuh): they fill a ring of 3 or 4 such stages by
-// asynchronous copies, with a full and an empty barrier a stage, and see to the scales. Activations of the next step come by way of
-// shared memory while this one is worked on.
+// so that memory is read 1 KB of a row at a time. Two more warps serve, three where scales are nested (stream.cuh): they fill a ring
+// of 3 or 4 such stages by asynchronous copies, with a full and an empty barrier a stage, and see to the scales. Activations of the
+// next step come by way of shared memory while this one is worked on.
 //
 // Sums stay in registers along K; then the warps' are added through shared memory in fixed order. Where activations would weigh as
 // much as weights (few tiles a block, long K), two blocks of a cluster split K between them and add their sums over distributed
@@ -79,17 +79,11 @@ DEVICE void multiply(float (&sums0)[4], float (&sums1)[4], u32 at, u32 scales, c
     }
 }
 
-KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
-    matmul_4bit_stream(const ELEMENT* x,     // [M, K], 16-byte aligned
-                       u32 M, u32 K,         // M ≤ 8, K % 64 = 0
-                       u32 log2_block,       // 6 … 12
-                       u32 nested_shift,
-                       u64 values0, u64 values1, u64 values2, u64 values3,  // the code's 16 values, 16 bits each
-                       float ungain,         // what the sums are multiplied with: 1 / the gain of the values
-                       u32 tiles_per_block,  // tiles of 16 rows that a block (a cluster, if K is split) owns; ≤ 8 in a cluster
-                       u32 stages,           // of the ring, ≤ MOST_STAGES
-                       u32 pieces,           // ≤ MOST_PIECES
-                       const __grid_constant__ Pieces all) {
+// SERVING warps: 2, or 3 where the scales of all pieces are nested.
+template <u32 SERVING>
+DEVICE void stream(const ELEMENT* x, u32 M, u32 K, u32 log2_block, u32 nested_shift, const Values& values, float ungain,
+                   u32 tiles_per_block, u32 stages, u32 pieces, const Pieces& all) {
+    constexpr bool NESTED = SERVING == 3;
     __shared__ float map[256];
     __shared__ __align__(16) u8 codes[CODE_STAGES * CODE_STAGE_BYTES];
     __shared__ float partial[GROUP * TILE_FLOATS];
@@ -105,7 +99,7 @@ KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
     const Weight& weight = piece.weight;
 
     Share share;
-    share.warps = blockDim.x / WARP - 2;
+    share.warps = blockDim.x / WARP - SERVING;
     share.N = piece.N;
     share.blocks = K / 64;
     // Parts of K end at every second slice, so that their scales are as aligned as those of whole rows. (As the number of warps is
@@ -135,26 +129,28 @@ KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
 
     if (warp >= share.warps) {
         // What serves is under way before the table is made.
+        const bool rows_of_four = share.blocks % 4 == 0 && share.first % 4 == 0 && log2_block == 6;
+        const bool nested = NESTED && rows_of_four && nested_shift >= 5 && reinterpret_cast<u64>(weight.absmax) % 4 == 0;
         if (warp == share.warps) {
-            if (lane < stages) barrier_init(share.full + lane * 8, 2 * WARP + 1), barrier_init(share.empty + lane * 8, share.warps);
+            const u32 arrivals = nested ? 3 * WARP : 2 * WARP + 1;
+            if (lane < stages) barrier_init(share.full + lane * 8, arrivals), barrier_init(share.empty + lane * 8, share.warps);
             barrier_init_fence();
         }
         wait_for_predecessors();
-        named_barrier(2, 2 * WARP);
+        named_barrier(2, SERVING * WARP);
         named_barrier_arrive(3, blockDim.x);
-        const bool rows_of_four = share.blocks % 4 == 0 && share.first % 4 == 0 && log2_block == 6;
-        const bool nested = rows_of_four && weight.nested != nullptr && nested_shift >= 5 &&
-                            reinterpret_cast<u64>(weight.absmax) % 4 == 0;
-        if (warp == share.warps) {
-            if (nested) serve_weights<ROWS>(share, weight, lane);
-            else serve_weights<SPLIT_ROW>(share, weight, lane);
-        } else {
-            if (weight.nested != nullptr)
+        const u32 part = warp - share.warps;
+        if (nested) {
+            if (part == 0) serve_weights<ROWS>(share, weight, lane);
+            else serve_nested_scales(share, weight, nested_shift, map, part - 1, lane);
+        } else if (part == 0) {
+            serve_weights<SPLIT_ROW>(share, weight, lane);
+        } else if (part == 1) {
+            if (NESTED)
                 for (u32 i = lane; i < 256; i += WARP) map[i] = __ldg(weight.map + i);
             __syncwarp();
-            const bool whole = rows_of_four && weight.nested == nullptr && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
+            const bool whole = !NESTED && rows_of_four && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
             if (whole) serve_whole_scales(share, weight, lane);
-            else if (nested) serve_nested_scales(share, weight, nested_shift, map, lane);
             else serve_scales(share, weight, log2_block, nested_shift, map, lane);
         }
     } else {
@@ -172,7 +168,7 @@ KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
                 copy16(x_ring + m * X_ROW + chunk * 16, x + (valid ? u64(m) * K + block * 64 + chunk * 8 : 0), valid);
             commit();
         };
-        pairs.fill(Values{{values0, values1, values2, values3}}, threads);
+        pairs.fill(values, threads);
         wait_for_predecessors();
         copy_activations(0);
         named_barrier(3, blockDim.x);
@@ -248,3 +244,21 @@ KERNEL __launch_bounds__((MOST_WARPS + 2) * 32, 1)
         cluster_arrive(), cluster_wait();
     }
 }
+
+#define ENTRY(name, serving)                                                                                                       \
+    KERNEL __launch_bounds__((MOST_WARPS + serving) * WARP, 1)                                                                     \
+        name(const ELEMENT* x,     /* [M, K], 16-byte aligned */                                                                   \
+             u32 M, u32 K,         /* M ≤ 8, K % 64 = 0 */                                                                         \
+             u32 log2_block,       /* 6 … 12 */                                                                                    \
+             u32 nested_shift,                                                                                                     \
+             u64 values0, u64 values1, u64 values2, u64 values3, /* the code's 16 values, 16 bits each */                          \
+             float ungain,         /* what the sums are multiplied with: 1 / the gain of the values */                             \
+             u32 tiles_per_block,  /* tiles of 16 rows that a block (a cluster, if K is split) owns; ≤ 8 in a cluster */           \
+             u32 stages,           /* of the ring, ≤ MOST_STAGES */                                                                \
+             u32 pieces,           /* ≤ MOST_PIECES; all their scales are nested or none are */                                    \
+             const __grid_constant__ Pieces all) {                                                                                 \
+        stream<serving>(x, M, K, log2_block, nested_shift, Values{{values0, values1, values2, values3}}, ungain, tiles_per_block,  \
+                        stages, pieces, all);                                                                                      \
+    }
+ENTRY(matmul_4bit_stream_plain, 2)
+ENTRY(matmul_4bit_stream_nested, 3)

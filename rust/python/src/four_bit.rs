@@ -341,11 +341,10 @@ fn check_product(
 }
 
 /// [`matmul_4bit`] by the CUDA kernel for many rows, whatever M; for tests and measurements. `tokens` of a tile and blocks that
-/// `split` a tile along K are the plan's where 0; with `shared`, decoded weights go through shared memory. False, and nothing
-/// written, where the kernel does not fit.
+/// `split` a tile along K are the plan's where 0. False, and nothing written, where the kernel does not fit.
 #[cfg(feature = "cuda")]
 #[pyfunction]
-#[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256, tokens=0, split=0, shared=false))]
+#[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256, tokens=0, split=0))]
 pub(crate) fn matmul_4bit_large(
     x: &Bound<'_, PyAny>,
     packed: &Bound<'_, PyAny>,
@@ -360,7 +359,6 @@ pub(crate) fn matmul_4bit_large(
     nested_blocksize: usize,
     tokens: u32,
     split: u32,
-    shared: bool,
 ) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
     let x = TensorRef::new("x", x)?;
@@ -374,7 +372,7 @@ pub(crate) fn matmul_4bit_large(
     let bias = bias.map(|bias| bias.address() as u64);
     let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
     let set = |value: u32| (value != 0).then_some(value);
-    let choice = four_bit::cuda::LargeChoice { tokens: set(tokens), split: set(split), shared };
+    let choice = four_bit::cuda::LargeChoice { tokens: set(tokens), split: set(split) };
     let absmax = scales.device();
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
     unsafe {

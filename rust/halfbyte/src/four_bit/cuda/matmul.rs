@@ -15,9 +15,6 @@ use super::{matmul_large, matmul_stream, matmul_wgmma};
 /// Most rows of activations that [`matmul`] takes where there is nothing better than `mma.sync`.
 const MOST_ROWS: usize = 32;
 
-/// Most rows on compute capability 9.0: from here on a dense product is faster, although the weight is dequantized for it.
-const MOST_ROWS_WGMMA: usize = 128;
-
 /// Smallest block that the tensor-core kernel takes: its step along K.
 pub(super) const MMA_STEP: usize = 64;
 
@@ -32,18 +29,18 @@ pub(super) static MATMUL_SIMT: [Kernel; 3] = [
 pub fn fused(ordinal: i32, dtype: Dtype, (m, n, k): (usize, usize, usize), block: usize) -> Result<bool> {
     check_four_bit_block(block)?;
     let gpu = device(ordinal)?;
-    let takes = m <= most_rows(gpu, dtype, k, block) || large(gpu, dtype, m, k, block, &[]);
+    let takes = m <= most_rows(gpu, dtype, k, block) || large(gpu, dtype, (m, n, k), block, &[]);
     Ok(takes && i32::try_from(n.max(k)).is_ok())
 }
 
 /// Whether the kernel for many rows is the one to take.
-fn large(gpu: &Device, dtype: Dtype, m: usize, k: usize, block: usize, tensors: &[Pointer]) -> bool {
-    matmul_large::takes(gpu, dtype, m) && tensor_cores(gpu, dtype, k, block, tensors)
+fn large(gpu: &Device, dtype: Dtype, shape: (usize, usize, usize), block: usize, tensors: &[Pointer]) -> bool {
+    tensor_cores(gpu, dtype, shape.2, block, tensors) && matmul_large::takes(gpu, dtype, shape)
 }
 
 fn most_rows(gpu: &Device, dtype: Dtype, k: usize, block: usize) -> usize {
     let wgmma = matmul_wgmma::fits(gpu, dtype) && tensor_cores(gpu, dtype, k, block, &[]);
-    if wgmma { MOST_ROWS_WGMMA } else { MOST_ROWS }
+    if wgmma { matmul_wgmma::MOST_ROWS } else { MOST_ROWS }
 }
 
 /// Whether the tensor-core kernels take activations of this type and K, and tensors that lie at these addresses.
@@ -79,7 +76,7 @@ pub unsafe fn matmul(
     check_four_bit_block(block)?;
     let gpu = device(stream.device)?;
     let most = most_rows(gpu, dtype, k, block);
-    if m > most && !large(gpu, dtype, m, k, block, &[]) {
+    if m > most && !large(gpu, dtype, (m, n, k), block, &[]) {
         return Err(Error::shape("x", format!("at most [{most}, K] on this GPU"), format!("[{m}, {k}]")));
     }
     check_columns(n, k)?;
@@ -87,7 +84,7 @@ pub unsafe fn matmul(
         return Ok(());
     }
     let tensor_cores = tensor_cores(gpu, dtype, k, block, &[x, packed]);
-    if large(gpu, dtype, m, k, block, &[x, packed]) {
+    if m > matmul_stream::MOST_ROWS && large(gpu, dtype, (m, n, k), block, &[x, packed]) {
         let piece = GroupPiece { n, packed, absmax, bias, out };
         // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
         return unsafe {

@@ -11,19 +11,21 @@ use super::group::GroupPiece;
 use super::matmul_small::mma_values;
 use super::matmul_wgmma;
 
-/// Rows of x, first and last, that the kernel is used for. None yet: they are chosen by measurement.
-const ROWS: &[(usize, usize)] = &[];
+/// Most rows of x that the kernel is used for, of weights of fewer than `WIDE` rows and of others. Measured on an H200
+/// (benches/NOTES.md): beyond, what dequantizing costs is less than what cuBLAS gains.
+const MOST: [usize; 2] = [4096, 8192];
+const WIDE: usize = 16384;
 
 /// Weights of a tile.
 const WEIGHTS: u32 = 128;
 /// K of a stage of packed weights, which is what a cluster's blocks share.
 const STAGE: usize = 256;
 
-/// A kernel: the tokens of its tiles, and what makes a step of 64 along K cost.
+/// A kernel: the tokens of its tiles, and what a step of 64 along K costs.
 #[derive(Debug)]
 struct Size {
     tokens: u32,
-    /// Cycles that a step is expected to take.
+    /// Cycles that a step takes, measured.
     step: u64,
     /// By dtype.
     kernels: [Kernel; 2],
@@ -33,11 +35,9 @@ const fn size(tokens: u32, step: u64, bf16: &'static str, f16: &'static str) -> 
     Size { tokens, step, kernels: [Kernel::new(bf16, "matmul_4bit_large"), Kernel::new(f16, "matmul_4bit_large")] }
 }
 
-/// Who multiplies decodes, into registers; then the form in which a warpgroup decodes for the others.
-static SIZES: [Size; 3] = [
-    size(128, 640, "four_bit_large_bf16_128", "four_bit_large_f16_128"),
-    size(256, 1120, "four_bit_large_bf16_256", "four_bit_large_f16_256"),
-    size(256, 1250, "four_bit_large_shared_bf16_256", "four_bit_large_shared_f16_256"),
+static SIZES: [Size; 2] = [
+    size(128, 790, "four_bit_large_bf16_128", "four_bit_large_f16_128"),
+    size(256, 1200, "four_bit_large_bf16_256", "four_bit_large_f16_256"),
 ];
 
 /// What of a plan is set from outside, for tests and measurements; `None` for what the plan chooses.
@@ -47,13 +47,18 @@ pub struct LargeChoice {
     pub tokens: Option<u32>,
     /// Blocks that share a tile along K: 1, 2 or 4.
     pub split: Option<u32>,
-    /// Whether decoded weights go through shared memory.
-    pub shared: bool,
 }
 
-/// Whether the kernel is the one for `m` rows, where the tensor-core kernels fit.
-pub(super) fn takes(gpu: &Device, dtype: Dtype, m: usize) -> bool {
-    ROWS.iter().any(|&(first, last)| (first..=last).contains(&m)) && matmul_wgmma::fits(gpu, dtype)
+/// Whether the kernel is the one for a product (M, N, K), where the tensor-core kernels fit: up to the rows that the kernel for fewer
+/// takes, where it is expected to be faster than that.
+pub(super) fn takes(gpu: &Device, dtype: Dtype, (m, n, k): (usize, usize, usize)) -> bool {
+    if m > MOST[usize::from(n >= WIDE)] || n == 0 || !matmul_wgmma::fits(gpu, dtype) {
+        return false;
+    }
+    m > matmul_wgmma::MOST_ROWS || {
+        let plan = Plan::new((m, n, k), gpu.multiprocessors, LargeChoice::default());
+        plan.is_some_and(|plan| plan.cycles < matmul_wgmma::cycles((m, n, k), gpu.multiprocessors))
+    }
 }
 
 /// The product of `x` [m, k] with a weight.
@@ -116,11 +121,8 @@ fn values(kind: Kind, dtype: Dtype) -> ([u64; 4], f32) {
     (words, gain)
 }
 
-/// Loads the images for an activation type, where the kernel is in use.
+/// Loads the images for an activation type.
 pub(super) fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
-    if ROWS.is_empty() {
-        return Ok(());
-    }
     SIZES.iter().try_for_each(|size| size.kernels[dtype_index(dtype)].load(ordinal))
 }
 
@@ -136,6 +138,8 @@ struct Plan {
     size: usize,
     /// Tiles of tokens that are gone through for each tile of weights.
     group: u32,
+    /// What it is expected to take.
+    cycles: u64,
 }
 
 impl Plan {
@@ -146,11 +150,9 @@ impl Plan {
     fn new((m, n, k): (usize, usize, usize), multiprocessors: u32, choice: LargeChoice) -> Option<Self> {
         let stages = k.div_ceil(STAGE) as u32;
         let across = (n as u32).div_ceil(WEIGHTS);
-        let mut best: Option<(u64, Self)> = None;
+        let mut best: Option<Self> = None;
         for (place, size) in SIZES.iter().enumerate() {
-            // The last size is the other form.
-            if choice.shared != (place == SIZES.len() - 1) || choice.tokens.is_some_and(|tokens| tokens != size.tokens)
-            {
+            if choice.tokens.is_some_and(|tokens| tokens != size.tokens) {
                 continue;
             }
             let tiles = across * (m as u32).div_ceil(size.tokens);
@@ -180,12 +182,12 @@ impl Plan {
                     cluster: split,
                     programmatic: true,
                 };
-                if best.is_none_or(|(least, _)| cycles < least) {
-                    best = Some((cycles, Self { launch, size: place, group: (2048 / size.tokens).max(1) }));
+                if best.is_none_or(|best| cycles < best.cycles) {
+                    best = Some(Self { launch, size: place, group: (2048 / size.tokens).max(1), cycles });
                 }
             }
         }
-        best.map(|(_, plan)| plan)
+        best
     }
 }
 
@@ -198,22 +200,19 @@ mod tests {
         for m in [1, 64, 128, 129, 256, 257, 512, 2048, 8192, 1 << 20] {
             for n in [1, 100, 128, 4096, 14336, 28672] {
                 for k in [64, 256, 320, 4096, 14336, 28672] {
-                    for shared in [false, true] {
-                        let choice = LargeChoice { shared, ..LargeChoice::default() };
-                        let plan = Plan::new((m, n, k), 132, choice).expect("there is one for every shape");
-                        let Launch { grid, threads, cluster, .. } = plan.launch;
-                        let tokens = SIZES[plan.size].tokens as usize;
-                        let tiles = n.div_ceil(128) * m.div_ceil(tokens);
-                        assert!(threads == 384 && plan.group >= 1, "{m} {n} {k}: {plan:?}");
-                        // A cluster has one tile, as its sums go where x has been; other blocks have all between them.
-                        if cluster == 1 {
-                            assert_eq!(grid.0 as usize, tiles.min(132), "{m} {n} {k}: {plan:?}");
-                        } else {
-                            assert_eq!(grid.0 as usize, tiles * cluster as usize, "{m} {n} {k}: {plan:?}");
-                            // Each block has some of K.
-                            assert!(cluster as usize <= k.div_ceil(STAGE), "{m} {n} {k}: {plan:?}");
-                        }
-                        assert_eq!(plan.size == 2, shared);
+                    let choice = LargeChoice::default();
+                    let plan = Plan::new((m, n, k), 132, choice).expect("there is one for every shape");
+                    let Launch { grid, threads, cluster, .. } = plan.launch;
+                    let tokens = SIZES[plan.size].tokens as usize;
+                    let tiles = n.div_ceil(128) * m.div_ceil(tokens);
+                    assert!(threads == 384 && plan.group >= 1, "{m} {n} {k}: {plan:?}");
+                    // A cluster has one tile, as its sums go where x has been; other blocks have all between them.
+                    if cluster == 1 {
+                        assert_eq!(grid.0 as usize, tiles.min(132), "{m} {n} {k}: {plan:?}");
+                    } else {
+                        assert_eq!(grid.0 as usize, tiles * cluster as usize, "{m} {n} {k}: {plan:?}");
+                        // Each block has some of K.
+                        assert!(cluster as usize <= k.div_ceil(STAGE), "{m} {n} {k}: {plan:?}");
                     }
                 }
             }
@@ -243,13 +242,30 @@ mod tests {
     #[test]
     fn what_is_set_is_kept() {
         for (tokens, split) in [(128, 1), (128, 4), (256, 1), (256, 2)] {
-            let choice = LargeChoice { tokens: Some(tokens), split: Some(split), shared: false };
+            let choice = LargeChoice { tokens: Some(tokens), split: Some(split) };
             let plan = Plan::new((512, 4096, 4096), 132, choice).expect("there is one");
             assert_eq!((SIZES[plan.size].tokens, plan.launch.cluster), (tokens, split));
         }
-        for (tokens, split, shared) in [(64, 1, false), (128, 1, true), (256, 3, false), (256, 4, true)] {
-            let choice = LargeChoice { tokens: Some(tokens), split: Some(split), shared };
+        for (tokens, split) in [(64, 1), (256, 3), (256, 4)] {
+            let choice = LargeChoice { tokens: Some(tokens), split: Some(split) };
             assert_eq!(Plan::new((512, 4096, 256), 132, choice), None, "{choice:?}");
+        }
+    }
+
+    /// What of up to 128 rows goes to which kernel, as measured on an H200.
+    #[test]
+    fn few_rows_go_to_the_faster_kernel() {
+        for (shape, large) in [
+            ((128, 14336, 4096), true),
+            ((128, 28672, 8192), true),
+            ((128, 4096, 14336), false),
+            ((64, 14336, 4096), false),
+            ((64, 4096, 14336), false),
+            ((64, 28672, 8192), false),
+            ((16, 14336, 4096), false),
+        ] {
+            let plan = Plan::new(shape, 132, LargeChoice::default()).expect("there is one");
+            assert_eq!(plan.cycles < matmul_wgmma::cycles(shape, 132), large, "{shape:?}");
         }
     }
 }

@@ -11,10 +11,12 @@ use super::matmul_small::mma_values;
 /// Most rows of activations.
 pub(super) const MOST_ROWS: usize = 8;
 
-pub(super) static STREAM: [Kernel; 2] = [
-    Kernel::new("four_bit_stream_bf16", "matmul_4bit_stream"),
-    Kernel::new("four_bit_stream_f16", "matmul_4bit_stream"),
-];
+/// By dtype, plain and nested.
+pub(super) static STREAM: [[Kernel; 2]; 2] = [entries("four_bit_stream_bf16"), entries("four_bit_stream_f16")];
+
+const fn entries(family: &'static str) -> [Kernel; 2] {
+    [Kernel::new(family, "matmul_4bit_stream_plain"), Kernel::new(family, "matmul_4bit_stream_nested")]
+}
 
 /// Whether the device runs this kernel: it needs nearly all of an H200's shared memory.
 pub(super) fn fits(gpu: &Device, dtype: Dtype, m: usize) -> bool {
@@ -37,7 +39,8 @@ pub(super) unsafe fn launch(
     block: usize,
 ) -> Result<()> {
     let rows: [usize; MOST_PIECES] = std::array::from_fn(|i| pieces.get(i).map_or(0, |piece| piece.n));
-    let plan = Plan::new(m, &rows[..pieces.len()], k, gpu.multiprocessors);
+    let nested = pieces.first().is_some_and(|piece| piece.absmax.is_nested());
+    let plan = Plan::new(m, &rows[..pieces.len()], k, nested, gpu.multiprocessors);
     let (values, gain) = mma_values(kind, dtype);
     let mut table = [0; MOST_PIECES * PIECE_WORDS];
     let mut shift = 0;
@@ -58,8 +61,9 @@ pub(super) unsafe fn launch(
         .u32(plan.stages)
         .u32(pieces.len() as u32)
         .block(&table);
-    // SAFETY: the arguments are those of `matmul_4bit_stream`; the caller vouches for the pointers.
-    unsafe { STREAM[dtype_index(dtype)].launch(stream, plan.launch, &mut arguments) }
+    let kernel = &STREAM[dtype_index(dtype)][usize::from(nested)];
+    // SAFETY: the arguments are those of `matmul_4bit_stream_*`; the caller vouches for the pointers.
+    unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
 }
 
 /// `Piece` of the kernel, in 64-bit words.
@@ -76,6 +80,8 @@ const STATIC_MOST: u32 = 11 * 1024;
 const GROUP: u32 = 8;
 const MOST_WARPS: u32 = 16;
 const MOST_STAGES: u32 = 12;
+/// Warps that serve, where scales are plain and where they are nested.
+const SERVING: [u32; 2] = [2, 3];
 /// A warp's blocks of 64 in a stage.
 const SLICE: u32 = 2;
 /// A stage: 32 rows of weights and of scales, padded.
@@ -93,7 +99,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(m: usize, rows: &[usize], k: usize, multiprocessors: u32) -> Self {
+    fn new(m: usize, rows: &[usize], k: usize, nested: bool, multiprocessors: u32) -> Self {
         let count = |tiles: u32| rows.iter().map(|&n| (n.div_ceil(16) as u32).div_ceil(tiles)).sum::<u32>();
         // The fewest tiles a block with which all blocks run at once.
         let tiles_for = |blocks: u32| {
@@ -122,7 +128,7 @@ impl Plan {
         Self {
             launch: Launch {
                 grid: (count(tiles) * split, 1),
-                threads: (warps + 2) * 32,
+                threads: (warps + SERVING[usize::from(nested)]) * 32,
                 shared: X_AT + x + stages * STAGE - STATIC,
                 cluster: split,
                 programmatic: true,
@@ -148,11 +154,13 @@ mod tests {
             for rows in
                 [&[1][..], &[16], &[4096], &[14336], &[28672], &[4096, 1024, 1024], &[1; 8], &[1 << 20], &[100, 14336]]
             {
-                for k in [64, 128, 192, 1024, 4096, 11008, 14336, 28672, 1 << 17] {
-                    let plan = Plan::new(m, rows, k, 132);
+                let ks = [64, 128, 192, 1024, 4096, 11008, 14336, 28672, 1 << 17];
+                for (k, nested) in ks.into_iter().flat_map(|k| [(k, false), (k, true)]) {
+                    let plan = Plan::new(m, rows, k, nested, 132);
                     let Launch { grid, threads, shared, cluster, .. } = plan.launch;
                     assert!(shared + STATIC_MOST <= SHARED, "{m} {rows:?} {k}: {plan:?}");
-                    assert!((2..=MOST_STAGES).contains(&plan.stages) && threads <= 576 && threads % 64 == 0);
+                    let computing = threads / 32 - SERVING[usize::from(nested)];
+                    assert!((2..=MOST_STAGES).contains(&plan.stages) && computing <= MOST_WARPS && computing % 2 == 0);
                     assert!(cluster == 1 || plan.tiles <= GROUP);
                     let blocks = rows.iter().map(|&n| plan.clusters(n)).sum::<u32>() * cluster;
                     assert_eq!(blocks, grid.0);

@@ -10,6 +10,9 @@ use crate::error::Result;
 use super::group::GroupPiece;
 use super::matmul_small::mma_values;
 
+/// Most rows of x that the kernel is used for.
+pub(super) const MOST_ROWS: usize = 128;
+
 /// Rows of x that a row of blocks takes, one kernel each.
 const TOKENS: [u32; 4] = [16, 32, 64, 128];
 
@@ -80,10 +83,17 @@ pub(super) unsafe fn launch(
     unsafe { kernel.expect("plans name kernels that are there").launch(stream, plan.launch, &mut arguments) }
 }
 
+/// Cycles that a product (M, N, K) is expected to take.
+pub(super) fn cycles((m, n, k): (usize, usize, usize), multiprocessors: u32) -> u64 {
+    Plan::new(m, n, k, multiprocessors).cycles
+}
+
 /// How a launch cuts up its product.
 #[derive(Debug, PartialEq)]
 struct Plan {
     launch: Launch,
+    /// What it is expected to take.
+    cycles: u64,
     /// Place in [`TOKENS`].
     tokens: usize,
     /// Of the weight, a block of threads: 128 or 256.
@@ -109,15 +119,17 @@ impl Plan {
         };
         let cost = |rows: u32, cluster: u32| {
             let waves = ((n as u32).div_ceil(rows) * columns).div_ceil(at_a_time(cluster).max(1));
-            // Cycles: of a unit of 64 rows × 64 of K, of the start and the end of a block, and of adding up a cluster's sums.
-            let unit = 120 + TOKENS[tokens];
+            // Cycles: of a unit of 64 rows × 64 of K (measured), of the start and the end of a block, and of adding up a cluster's
+            // sums.
+            let unit = 120 + TOKENS[tokens] * 13 / 4;
             let block = stages.div_ceil(cluster) * 4 * (rows / 64) * unit;
             u64::from(waves) * u64::from(block + 4000 + (cluster - 1) * 600)
         };
         let sizes: &[u32] = if WGMMA[0][tokens][1].is_some() { &[128, 256] } else { &[128] };
         let choices = sizes.iter().flat_map(|&rows| (1..=4).map(move |cluster| (rows, cluster)));
         let choices = choices.filter(|&(_, cluster)| cluster == 1 || cluster <= stages);
-        let (rows, cluster) = choices.min_by_key(|&(rows, cluster)| cost(rows, cluster)).unwrap_or((128, 1));
+        let costs = choices.map(|(rows, cluster)| (cost(rows, cluster), rows, cluster));
+        let (cycles, rows, cluster) = costs.min_by_key(|&(cycles, ..)| cycles).unwrap_or((u64::MAX, 128, 1));
         let computing = if TOKENS[tokens] <= 32 { 4 } else { 2 };
         Self {
             launch: Launch {
@@ -127,6 +139,7 @@ impl Plan {
                 cluster,
                 programmatic: true,
             },
+            cycles,
             tokens,
             rows,
         }

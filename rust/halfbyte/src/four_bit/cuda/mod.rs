@@ -50,7 +50,9 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
         }
     }
     if dtype != Dtype::F32 && device(ordinal)?.capability >= 90 {
-        STREAM[dtype_index(dtype)].load(ordinal)?;
+        for kernel in &STREAM[dtype_index(dtype)] {
+            kernel.load(ordinal)?;
+        }
     }
     if matmul_wgmma::fits(device(ordinal)?, dtype) {
         for kernel in WGMMA[dtype_index(dtype)].iter().flatten().flatten() {
@@ -72,7 +74,7 @@ pub fn kernels() -> Vec<&'static Kernel> {
         .chain(search)
         .chain(&MATMUL_SIMT)
         .chain(mma)
-        .chain(&STREAM)
+        .chain(STREAM.iter().flatten())
         .chain(WGMMA.iter().flatten().flatten().flatten())
         .chain(matmul_large::kernels())
         .chain(experts::kernels())
