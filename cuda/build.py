@@ -76,7 +76,9 @@ FAMILIES += [
     for tokens in (16, 32, 64, 128)
 ]
 FAMILIES += [
-    Family(f"four_bit_large_{name}_{tokens}", "four_bit_large.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)})
+    Family(
+        f"four_bit_large_{name}_{tokens}", "four_bit_large.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)}
+    )
     for name, element in ELEMENTS.items()
     for tokens in (128, 256)
 ]

@@ -100,7 +100,14 @@ def products(dtype: torch.dtype, code: torch.Tensor) -> None:
     """A product for each kernel, with plain and with nested scales."""
     shapes = [(1, 33, 320), (8, 300, 1024), (8, 16, 8192), (9, 17, 64), (16, 4000, 192), (3, 20, 77), (30, 9, 65)]
     if dtype != torch.float32:  # the last are as many rows of the weight as make a block take 256
-        shapes += [(20, 300, 1088), (40, 130, 2048), (100, 40, 320), (12, 17_000, 64), (40, 17_000, 64), (300, 136, 512)]
+        shapes += [
+            (20, 300, 1088),
+            (40, 130, 2048),
+            (100, 40, 320),
+            (12, 17_000, 64),
+            (40, 17_000, 64),
+            (300, 136, 512),
+        ]
     for m, n, k in shapes:
         block = 64
         w = torch.randn(n * k).cuda()
