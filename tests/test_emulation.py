@@ -71,8 +71,9 @@ def stream(draw, m, k, nested):
     steps = ceil(slices / 16)
     warps = max(ceil(slices / steps / 2) * 2, 2)
     x, stage = warps * m * 272, 32 * (16 * 2 * 32 + 32 + 36 * 4)
-    stages = min((227 * KB + 8 * KB - 11 * KB - 64 * KB - x) // stage, 12)
-    shared = 64 * KB + x + stages * stage - 8 * KB
+    fixed, fixed_most = (8 * KB, 11 * KB) if nested else (4 * KB, 6 * KB)
+    stages = min((227 * KB + fixed - fixed_most - 64 * KB - x) // stage, 12)
+    shared = 64 * KB + x + stages * stage - fixed
     threads = (warps + (3 if nested else 2)) * 32
     return {"n": rows, "tiles": tiles, "stages": stages, "cluster": cluster, "shared": shared, "threads": threads}
 

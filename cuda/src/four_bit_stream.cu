@@ -85,7 +85,7 @@ DEVICE void stream(const ELEMENT* x, u32 M, u32 K, u32 log2_block, u32 nested_sh
                    u32 tiles_per_block, u32 stages, u32 pieces, const Pieces& all) {
     constexpr bool NESTED = SERVING == 3;
     __shared__ float map[256];
-    __shared__ __align__(16) u8 codes[CODE_STAGES * CODE_STAGE_BYTES];
+    __shared__ __align__(16) u8 codes[NESTED ? CODE_STAGES * CODE_STAGE_BYTES : 16];
     __shared__ float partial[GROUP * TILE_FLOATS];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
     extern __shared__ __align__(128) u8 dynamic[];  // sums [warp][tile of a round][lane][4]; …

@@ -72,10 +72,11 @@ const PIECE_WORDS: usize = 8;
 const SHARED: u32 = 227 * 1024;
 /// From the begin of shared memory to the activations: static, sums, the pair table.
 const X_AT: u32 = 64 * 1024;
-/// At most what the kernel has of static shared memory; dynamic shared memory begins behind it.
-const STATIC: u32 = 8 * 1024;
+/// At most what the kernels have of static shared memory, where scales are plain and where they are nested; dynamic shared memory
+/// begins behind it.
+const STATIC: [u32; 2] = [4 * 1024, 8 * 1024];
 /// At least that.
-const STATIC_MOST: u32 = 11 * 1024;
+const STATIC_MOST: [u32; 2] = [6 * 1024, 11 * 1024];
 /// Tiles of 16 rows whose sums a block has in registers at a time.
 const GROUP: u32 = 8;
 const MOST_WARPS: u32 = 16;
@@ -124,12 +125,13 @@ impl Plan {
         // An even number of warps, for copies of 16 bytes of scales.
         let warps = slices.div_ceil(steps).next_multiple_of(2).max(2);
         let x = warps * m as u32 * X_ROW;
-        let stages = ((SHARED + STATIC - STATIC_MOST - X_AT - x) / STAGE).min(MOST_STAGES);
+        let (fixed, fixed_most) = (STATIC[usize::from(nested)], STATIC_MOST[usize::from(nested)]);
+        let stages = ((SHARED + fixed - fixed_most - X_AT - x) / STAGE).min(MOST_STAGES);
         Self {
             launch: Launch {
                 grid: (count(tiles) * split, 1),
                 threads: (warps + SERVING[usize::from(nested)]) * 32,
-                shared: X_AT + x + stages * STAGE - STATIC,
+                shared: X_AT + x + stages * STAGE - fixed,
                 cluster: split,
                 programmatic: true,
             },
@@ -158,7 +160,7 @@ mod tests {
                 for (k, nested) in ks.into_iter().flat_map(|k| [(k, false), (k, true)]) {
                     let plan = Plan::new(m, rows, k, nested, 132);
                     let Launch { grid, threads, shared, cluster, .. } = plan.launch;
-                    assert!(shared + STATIC_MOST <= SHARED, "{m} {rows:?} {k}: {plan:?}");
+                    assert!(shared + STATIC_MOST[usize::from(nested)] <= SHARED, "{m} {rows:?} {k}: {plan:?}");
                     let computing = threads / 32 - SERVING[usize::from(nested)];
                     assert!((2..=MOST_STAGES).contains(&plan.stages) && computing <= MOST_WARPS);
                     assert!(computing.is_multiple_of(2));
