@@ -21,6 +21,12 @@ constexpr u32 ENTRIES = 16;       // of an outlier MMA
 constexpr u32 HELPERS = 96;       // threads that gather
 constexpr u32 OUTLIERS_W = 128 * ENTRIES * 2, OUTLIERS_X = TOKENS * ENTRIES * 2;
 
+DEVICE u32 load_two_bytes(u32 at) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+}
+
 struct Turn {
     u32 stage = 0, parity = 0;
     DEVICE void next(u32 stages) {
@@ -38,19 +44,17 @@ DEVICE void gather(const u32* list, u32 count, const u8* w, u32 K, u32 weights, 
         for (u32 i = thread; i < OUTLIERS_X / 16; i += HELPERS) reinterpret_cast<uint4*>(to_x)[i] = make_uint4(0, 0, 0, 0);
         named_barrier(5, HELPERS);
     }
-    for (u32 row = thread; row < weights; row += HELPERS) {
-        const u8* from = w + u64(row) * K;
-#pragma unroll 4
-        for (u32 c = 0; c < count; ++c) {
-            const Half value = from_float<Half>(byte_value(from[list[c]], 0));
-            *reinterpret_cast<Half*>(to_w + place(128, row, c)) = value;
-        }
+    // A column to each two threads of three warps, so that many bytes are under way: each is a sector of its own.
+#pragma unroll 8
+    for (u32 i = thread; i < weights * ENTRIES; i += HELPERS) {
+        const u32 c = i % ENTRIES, row = i / ENTRIES;
+        if (c < count)
+            *reinterpret_cast<Half*>(to_w + place(128, row, c)) = from_float<Half>(byte_value(w[u64(row) * K + list[c]], 0));
     }
-    for (u32 token = thread; token < tokens; token += HELPERS) {
 #pragma unroll 4
-        for (u32 c = 0; c < count; ++c) {
-            *reinterpret_cast<Half*>(to_x + place(TOKENS, token, c)) = from_float<Half>(left(token, list[c]));
-        }
+    for (u32 i = thread; i < tokens * ENTRIES; i += HELPERS) {
+        const u32 c = i % ENTRIES, token = i / ENTRIES;
+        if (c < count) *reinterpret_cast<Half*>(to_x + place(TOKENS, token, c)) = from_float<Half>(left(token, list[c]));
     }
 }
 

@@ -129,10 +129,11 @@ DEVICE void quantize(const Layer& p, const Room& room, u32 end, u32 thread) {
 // Outlier columns [skip, skip + OUTLIERS) of `count`, by `threads` threads.
 DEVICE void gather(const Layer& p, const Room& room, u32 n0, u32 skip, u32 count, u32 thread, u32 threads) {
     const u32 columns = min(OUTLIERS, count - skip), rows = min(room.rows, p.N - n0);
-    for (u32 row = thread; row < rows; row += threads) {
-        const u8* from = p.w + u64(n0 + row) * p.K;
+    // Many bytes under way: each is a sector of its own.
 #pragma unroll 8
-        for (u32 c = 0; c < columns; ++c) room.weights[c * room.rows + row] = from[room.list[skip % WINDOW + c]];
+    for (u32 i = thread; i < rows * OUTLIERS; i += threads) {
+        const u32 c = i % OUTLIERS, row = i / OUTLIERS;
+        if (c < columns) room.weights[c * room.rows + row] = p.w[u64(n0 + row) * p.K + room.list[skip % WINDOW + c]];
     }
     for (u32 i = thread; i < columns * p.M; i += threads) {
         const u32 c = i / p.M, m = i % p.M;

@@ -10,11 +10,16 @@
 //   three warps   gather outliers, if there are any (int8_tiles.cuh)
 //   1 or 2 groups multiply: 64 weights × TOKENS tokens each, sums in registers
 //
+// Where more than `most` columns have outliers, x itself is multiplied instead of its codes: to gather so many would take longer than a
+// product of 16 bits does, and no activation is rounded then. Stages of the same ring are rows × 128 bytes of w and twice TOKENS × 64
+// elements of x; bytes of w become 16-bit numbers, exactly, in the registers that are the A operand.
+//
 // Programmatic dependent launch: barriers and tensor maps are ready when the kernel ahead ends. (To fetch weights into the L2 by then
 // makes everything slower: they come at the cost of what that kernel still reads.)
 //
 // Bytes: N·K + M·K (a tile's from the L2 for each tile beside it) + out.
 #include "int8_tiles.cuh"
+#include "wgmma.cuh"
 
 constexpr u32 PART = TOKENS < 64 ? TOKENS : 64;  // tokens whose results go through shared memory at a time
 
@@ -34,6 +39,7 @@ struct Problem {
     u32 rows;                   // weights of a tile, a multiple of 8
     u32 stages;
     u32 group;                  // tiles of tokens that are gone through for each tile of weights
+    u32 most;                   // outlier columns that are gathered
 };
 
 struct Tile { u32 weights, tokens; };  // where it begins
@@ -134,12 +140,69 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
     }
 }
 
+// --- x itself --------------------------------------------------------------------------------------------------------------
+
+// Bytes of a stage, and how many the ring has.
+DEVICE u32 dense_stage(const Problem& p) { return p.rows * ROW + 2 * TOKENS * 128; }
+DEVICE u32 dense_stages(const Problem& p) { return p.stages * (p.rows + TOKENS) * ROW / dense_stage(p); }
+
+// Two signed bytes as the 16-bit numbers of an MMA, the lower first: 2^23 + 128 + byte as floats, less that.
+DEVICE u32 two_weights(u32 bytes) {
+    constexpr u32 MAGIC = 0x4b000000;
+    constexpr float ZERO = 8388608.f + 128.f;
+    const u32 biased = bytes ^ 0x8080;
+    return Pack<Half>::two(as_float(__byte_perm(biased, MAGIC, 0x7440)) - ZERO, as_float(__byte_perm(biased, MAGIC, 0x7441)) - ZERO);
+}
+
+// Sums of a tile; `row` is this lane's first, whose number and g are the same modulo 8. A half of a stage is decoded while the MMAs of
+// the one before are under way.
+DEVICE void multiply_dense(float (&sums)[TOKENS / 2], const Problem& p, u32 ring, u32 full, u32 empty, Turn& turn, u32 steps, u32 row, u32 lane) {
+    const u32 g = lane / 4, t = lane % 4, bytes = dense_stage(p), stages = dense_stages(p);
+#pragma unroll
+    for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0.f;
+    u32 a[2][4][4], before = 0;
+#pragma unroll 1
+    for (u32 k = 0; k < steps; ++k) {
+        barrier_wait(full + turn.stage * 8, turn.parity);
+        const u32 at = ring + turn.stage * bytes;
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                const u32 from = at + row * ROW + (half * 4 + j ^ g) * 16 + 2 * t;
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) a[half][j][i] = two_weights(load_two_bytes(from + i % 2 * (8 * ROW) + i / 2 * 8));
+            }
+            const u64 right = swizzled_operand(at + p.rows * ROW + half * (TOKENS * 128));
+            mma_fence();
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) Wgmma<Half, TOKENS>::add(sums, a[half][j], right + 2 * j, false);
+            mma_commit();
+            mma_wait<1>();
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j)
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) keep(a[half ^ 1][j][i]);
+            if (half == 0 && k > 0 && lane == 0) barrier_arrive(empty + before * 8);
+        }
+        before = turn.stage;
+        turn.next(stages);
+    }
+    mma_wait<0>();
+    pin(sums);
+    if (lane == 0) barrier_arrive(empty + before * 8);
+}
+
+// -----------------------------------------------------------------------------------------------------------------------------
+
 KERNEL __launch_bounds__(384, 1)
     matmul_int8(const __grid_constant__ TensorMap w_map,  // boxes of `rows` × 128
                 const __grid_constant__ TensorMap q_map,  // boxes of TOKENS × 128
+                const __grid_constant__ TensorMap x_map,  // boxes of TOKENS × 64 elements, where there can be outliers
                 const float* row_stats, const float* column_stats, const Float* bias, ELEMENT* out, const Float* x, const u8* q,
-                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles) {
-    const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, M, N, K, rows, ring_stages, group_tiles};
+                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles,
+                u32 most) {  // outlier columns that are gathered; with more, x itself is multiplied
+    const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, M, N, K, rows, ring_stages, group_tiles, most};
     extern __shared__ u8 dynamic[];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + 3];
     __shared__ u32 outlier_count;
@@ -164,28 +227,37 @@ KERNEL __launch_bounds__(384, 1)
     }
     if (threadIdx.x == groups * 128) prefetch_map(w_map), prefetch_map(q_map);
     wait_for_predecessors();
+    bool dense = false;
+    if constexpr (Types<ELEMENT>::OUTLIERS)
+        if (p.outliers != nullptr && p.most < p.K) dense = marked_columns(p.outliers, p.K, lane) > p.most;
     __syncthreads();
 
     if (warp >= groups * 4) {
         if constexpr (TOKENS == 256) fewer_registers<72>();
         if (warp == groups * 4) {
             if (lane == 0) {
-                const u32 to = shared_address(ring);
+                const u32 to = shared_address(ring), bytes = dense ? dense_stage(p) : stage_bytes;
+                const u32 stages = dense ? dense_stages(p) : p.stages;
                 Turn turn;
                 for (u32 i = first; i < tiles.count(); i += stride) {
                     const Tile tile = tiles.get(i);
 #pragma unroll 1
                     for (u32 k = 0; k < steps; ++k) {
                         barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
-                        const u32 barrier = full + turn.stage * 8, at = to + turn.stage * stage_bytes;
-                        barrier_expect(barrier, stage_bytes);
+                        const u32 barrier = full + turn.stage * 8, at = to + turn.stage * bytes;
+                        barrier_expect(barrier, bytes);
                         copy_box(at, w_map, barrier, k * ROW, tile.weights);
-                        copy_box(at + p.rows * ROW, q_map, barrier, k * ROW, tile.tokens);
-                        turn.next(p.stages);
+                        if (dense) {
+                            copy_box(at + p.rows * ROW, x_map, barrier, k * ROW, tile.tokens);
+                            copy_box(at + p.rows * ROW + TOKENS * 128, x_map, barrier, k * ROW + 64, tile.tokens);
+                        } else {
+                            copy_box(at + p.rows * ROW, q_map, barrier, k * ROW, tile.tokens);
+                        }
+                        turn.next(stages);
                     }
                 }
             }
-        } else if (Types<ELEMENT>::OUTLIERS && p.outliers != nullptr) {
+        } else if (Types<ELEMENT>::OUTLIERS && p.outliers != nullptr && !dense) {
             serve_outliers(p, tiles, first, stride, list, outlier_count, outliers_w, outliers_x, o_full, threadIdx.x - groups * 128 - WARP);
         }
     } else {
@@ -195,7 +267,7 @@ KERNEL __launch_bounds__(384, 1)
         const u32 row = group * 64 + warp % 4 * 16 + g;
         float* const my_scales = scales + group * TOKENS;
         u32 count = 0, o_turn = 0;
-        bool asked = !Types<ELEMENT>::OUTLIERS || p.outliers == nullptr;
+        bool asked = !Types<ELEMENT>::OUTLIERS || p.outliers == nullptr || dense;
         Turn turn;
         for (u32 i = first; i < tiles.count(); i += stride) {
             const Tile tile = tiles.get(i);
@@ -204,39 +276,44 @@ KERNEL __launch_bounds__(384, 1)
                 for (u32 j = thread; j < TOKENS; j += 128)
                     my_scales[j] = tile.tokens + j < p.M ? p.row_stats[tile.tokens + j] * (1.f / 127.f) : 0.f;
             }
-            i32 sums[TOKENS / 2];
-#pragma unroll
-            for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0;
-            u32 before = 0;
-#pragma unroll 1
-            for (u32 k = 0; k < steps; ++k) {
-                barrier_wait(full + turn.stage * 8, turn.parity);
-                const u64 a = swizzled_operand(a_at + turn.stage * stage_bytes), b = swizzled_operand(b_at + turn.stage * stage_bytes);
-                mma_fence();
-#pragma unroll
-                for (u32 j = 0; j < ROW / 32; ++j) mma_s8<TOKENS>(sums, a + 2 * j, b + 2 * j);
-                mma_commit();
-                mma_wait<1>();
-                if (k > 0 && lane == 0) barrier_arrive(empty + before * 8);
-                before = turn.stage;
-                turn.next(p.stages);
-            }
-            mma_wait<0>();
-            pin(sums);
-            if (lane == 0) barrier_arrive(empty + before * 8);
-
             const u32 end = min(p.N, tile.weights + p.rows);
-            if constexpr (!SCALED) {
-                write_wide(p, p.out, sums, tile, end, row, t);
+            float f[TOKENS / 2];
+            if (dense) {
+                multiply_dense(f, p, shared_address(ring), full, empty, turn, steps, row, lane);
             } else {
+                i32 sums[TOKENS / 2];
+#pragma unroll
+                for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0;
+                u32 before = 0;
+#pragma unroll 1
+                for (u32 k = 0; k < steps; ++k) {
+                    barrier_wait(full + turn.stage * 8, turn.parity);
+                    const u64 a = swizzled_operand(a_at + turn.stage * stage_bytes), b = swizzled_operand(b_at + turn.stage * stage_bytes);
+                    mma_fence();
+#pragma unroll
+                    for (u32 j = 0; j < ROW / 32; ++j) mma_s8<TOKENS>(sums, a + 2 * j, b + 2 * j);
+                    mma_commit();
+                    mma_wait<1>();
+                    if (k > 0 && lane == 0) barrier_arrive(empty + before * 8);
+                    before = turn.stage;
+                    turn.next(p.stages);
+                }
+                mma_wait<0>();
+                pin(sums);
+                if (lane == 0) barrier_arrive(empty + before * 8);
+                if constexpr (!SCALED) {
+                    write_wide(p, p.out, sums, tile, end, row, t);
+                    continue;
+                }
                 named_barrier(1 + group, 128);
-                float f[TOKENS / 2];
 #pragma unroll
                 for (u32 j = 0; j < TOKENS / 8; ++j) {
                     const float2 s = *reinterpret_cast<const float2*>(my_scales + j * 8 + 2 * t);
                     f[4 * j] = float(sums[4 * j]) * s.x, f[4 * j + 1] = float(sums[4 * j + 1]) * s.y;
                     f[4 * j + 2] = float(sums[4 * j + 2]) * s.x, f[4 * j + 3] = float(sums[4 * j + 3]) * s.y;
                 }
+            }
+            if constexpr (SCALED) {
                 if (!asked) {
                     barrier_wait(listed, 0);
                     count = *static_cast<volatile u32*>(&outlier_count);

@@ -104,5 +104,5 @@ fn images_stay_small_enough_to_compile_quickly() {
     for image in IMAGES {
         assert!(image.ptx.len() <= 336 << 10, "{} for {}: {} bytes", image.family, image.capability, image.ptx.len());
     }
-    assert!(IMAGES.iter().map(|image| image.ptx.len()).sum::<usize>() <= 13 << 20);
+    assert!(IMAGES.iter().map(|image| image.ptx.len()).sum::<usize>() <= 14 << 20);
 }

@@ -106,7 +106,9 @@ pub(crate) fn matmul(
 ) -> PyResult<()> {
     let stream = stream_of(q, device)?;
     let floats = match floats {
-        Some((x, outliers)) => Some(Floats { x: at(x), dtype: x.float().map_err(raise)?, outliers: at(outliers) }),
+        Some((x, outliers)) => {
+            Some(Floats { x: at(x), dtype: x.float().map_err(raise)?, outliers: at(outliers), gathered: None })
+        }
         None => None,
     };
     let (row_stats_at, column_stats) = (at(row_stats), at(col_stats));

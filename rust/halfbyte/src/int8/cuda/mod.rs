@@ -9,7 +9,7 @@ pub use elementwise::{
     column_stats, dequantize_rows, mark_columns, mm_dequant, outlier_columns, quantize_columns, quantize_rows,
     zero_columns,
 };
-pub use product::{Floats, Product, Target, matmul};
+pub use product::{Floats, MOST_GATHERED, Product, Target, matmul};
 
 use crate::device::cuda::{Kernel, Pointer, Stream, device};
 use crate::element::Dtype;
@@ -68,7 +68,7 @@ pub unsafe fn linear(
     let outliers = (threshold > 0.0).then_some(row_stats + rounded(m * 4) as u64);
     // SAFETY: the caller's promise.
     unsafe { quantize_rows(stream, (x, dtype), (m, k), threshold, q, row_stats, outliers) }?;
-    let floats = outliers.map(|outliers| Floats { x, dtype, outliers });
+    let floats = outliers.map(|outliers| Floats { x, dtype, outliers, gathered: Some(MOST_GATHERED) });
     let product = Product { q, row_stats, w, column_stats, bias, floats };
     // SAFETY: as above.
     unsafe { matmul(stream, &product, (m, n, k), out, Target::Float(dtype)) }

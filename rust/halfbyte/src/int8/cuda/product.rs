@@ -14,7 +14,13 @@ pub struct Floats {
     pub dtype: Dtype,
     /// The bitmap of the columns.
     pub outliers: Pointer,
+    /// Where more columns than these have outliers, x itself may be multiplied, in every column; `None` for never. On compute
+    /// capability 9.0 and for 16-bit types it is.
+    pub gathered: Option<u32>,
 }
+
+/// Outlier columns beyond which a product of x itself is faster than gathering them, as measured on an H200.
+pub const MOST_GATHERED: u32 = 64;
 
 /// Operands of a product.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,9 @@
 //! Products of codes on compute capability 9.0: the kernel of cuda/src/int8_wgmma.cu.
 
 use super::product::{Product, Target};
-use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, byte_matrix};
+use crate::device::cuda::{
+    Arguments, Around, Device, Kernel, Launch, MapElement, Pointer, Stream, byte_matrix, matrix,
+};
 use crate::element::Dtype;
 use crate::error::Result;
 
@@ -84,11 +86,18 @@ pub(super) unsafe fn launch(
     let w_map = byte_matrix(product.w, n, k, plan.rows)?;
     let q_map = byte_matrix(product.q, m, k, *tokens)?;
     let (x, outliers) = product.floats.map_or((0, 0), |floats| (floats.x, floats.outliers));
-    let arguments = Arguments::default().block(&w_map).block(&q_map).u64(product.row_stats).u64(product.column_stats);
+    // x itself can be multiplied where a tensor map can describe it.
+    let most = product.floats.and_then(|floats| floats.gathered).filter(|_| x.is_multiple_of(16));
+    let x_map = match most {
+        Some(_) => matrix(x, MapElement::Half, (m, k), *tokens, Around::Bytes128)?,
+        None => q_map,
+    };
+    let arguments = Arguments::default().block(&w_map).block(&q_map).block(&x_map);
+    let arguments = arguments.u64(product.row_stats).u64(product.column_stats);
     let arguments =
         arguments.u64(product.bias.unwrap_or(0)).u64(out).u64(x).u64(product.q).u64(product.w).u64(outliers);
     let arguments = arguments.u32(m as u32).u32(n as u32).u32(k as u32);
-    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group);
+    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group).u32(most.unwrap_or(u32::MAX));
     // SAFETY: the arguments are those of `matmul_int8` in cuda/src/int8_wgmma.cu; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
 }
@@ -192,6 +201,11 @@ mod tests {
                         );
                         assert!(plan.stages >= 3 && shared + 1024 <= 227 * 1024, "{m} {n} {k}: {plan:?}");
                         assert!(threads == if plan.rows > 64 { 384 } else { 256 });
+                        let tokens = sizes[plan.kernel].0;
+                        assert!(
+                            plan.stages * (plan.rows + tokens) / (plan.rows + 2 * tokens) >= 2,
+                            "{m} {n} {k}: {plan:?}"
+                        );
                         assert!(grid.0 <= 132 && grid.0 > 0 && plan.kernel < sizes.len(), "{m} {n} {k}: {plan:?}");
                     }
                 }
