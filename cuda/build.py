@@ -65,8 +65,14 @@ FAMILIES += [
     for tokens, targets in ((8, ("80",)), (16, ("80", "90")))
 ]
 FAMILIES += [
-    Family(f"four_bit_stream_{name}", "four_bit_stream.cu", ("90",), {"ELEMENT": element})
+    Family(
+        f"four_bit_stream_{'nested_' * nested}{name}",
+        "four_bit_stream.cu",
+        ("90",),
+        {"ELEMENT": element, "NESTED": str(int(nested))},
+    )
     for name, element in ELEMENTS.items()
+    for nested in (False, True)
 ]
 FAMILIES += [
     Family(

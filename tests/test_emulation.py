@@ -24,6 +24,7 @@ class Kernel:
     which: str
     element: str
     tokens: int
+    nested: bool | None = None  # None: both
 
     @property
     def source(self):
@@ -31,6 +32,8 @@ class Kernel:
 
     def build(self, changes=()):
         defines = {"ELEMENT": self.element}
+        if self.nested is not None:
+            defines["NESTED"] = str(int(self.nested))
         if self.which != "STREAM":
             defines["TOKENS"] = str(self.tokens)
         return emulation.build(self.source, self.which, defines, changes)
@@ -39,8 +42,10 @@ class Kernel:
 KERNELS = {
     "mma bf16 8": Kernel("MMA", "Bf16", 8),
     "mma f16 16": Kernel("MMA", "F16", 16),
-    "stream bf16": Kernel("STREAM", "Bf16", 8),
-    "stream f16": Kernel("STREAM", "F16", 8),
+    "stream bf16": Kernel("STREAM", "Bf16", 8, nested=False),
+    "stream f16": Kernel("STREAM", "F16", 8, nested=False),
+    "stream nested bf16": Kernel("STREAM", "Bf16", 8, nested=True),
+    "stream nested f16": Kernel("STREAM", "F16", 8, nested=True),
     "wgmma bf16 16": Kernel("WGMMA", "Bf16", 16),
     "wgmma f16 32": Kernel("WGMMA", "F16", 32),
     "wgmma bf16 64": Kernel("WGMMA", "Bf16", 64),
@@ -111,7 +116,7 @@ def settings(kernel, seed, blocks):
     draw = random.Random(seed)
     k = 64 * draw.choice(blocks)
     m = draw.randint(1, 8 if kernel.which == "STREAM" else kernel.tokens * 5 // 4)  # two tiles now and then
-    nested = draw.random() < 0.5
+    nested = draw.random() < 0.5 if kernel.nested is None else kernel.nested
     if kernel.which == "STREAM":
         launch = stream(draw, m, k, nested)
     else:
@@ -163,7 +168,8 @@ MISTAKES = {
         "                named_barrier(1, threads);\n                for (u32 i = threadIdx.x; i < min(COUNT",
         "                for (u32 i = threadIdx.x; i < min(COUNT",
     ),
-    "a barrier counts too few": ("stream f16", "3 * WARP : 2 * WARP + 1;", "3 * WARP - 1 : 2 * WARP;"),
+    "a barrier counts too few": ("stream f16", "3 * WARP : 2 * WARP + 1;", "3 * WARP : 2 * WARP;"),
+    "a barrier of codes counts too few": ("stream nested f16", "3 * WARP : 2 * WARP + 1;", "3 * WARP - 1 : 2 * WARP + 1;"),
     "x is read before it has come": (
         "wgmma bf16 16",
         "if (u % PER_X == 0) barrier_wait(x_full + x_turn.stage * 8, x_turn.parity);",

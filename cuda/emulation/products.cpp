@@ -202,10 +202,7 @@ int main(int count, char** arguments) {
     }
     launch.blocks_x = first * launch.cluster;
     machine::run(launch, weather, [&] {
-        auto multiply = [&](auto kernel) {
-            kernel(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, stages, u32(matrices.size()), pieces);
-        };
-        matrices[0].is_nested ? multiply(matmul_4bit_stream_nested) : multiply(matmul_4bit_stream_plain);
+        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, stages, u32(matrices.size()), pieces);
     });
 #else
     Problem problem{};

@@ -108,11 +108,25 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("four_bit_stream_bf16.compute_90.ptx"), "\0"),
     },
     Image {
+        family: "four_bit_stream_nested_bf16",
+        capability: 90,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("four_bit_stream_nested_bf16.compute_90.ptx"), "\0"),
+    },
+    Image {
         family: "four_bit_stream_f16",
         capability: 90,
         specific: false,
         ptx_version: "8.0",
         ptx: concat!(include_str!("four_bit_stream_f16.compute_90.ptx"), "\0"),
+    },
+    Image {
+        family: "four_bit_stream_nested_f16",
+        capability: 90,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("four_bit_stream_nested_f16.compute_90.ptx"), "\0"),
     },
     Image {
         family: "four_bit_wgmma_bf16_m16",

@@ -27,10 +27,11 @@
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a block and group + 2·M·N.
 #include "stream.cuh"
 
-#if !defined(ELEMENT)
-#error "compile with -DELEMENT=Bf16 or F16"
+#if !defined(ELEMENT) || !defined(NESTED)
+#error "compile with -DELEMENT=Bf16 or F16 and -DNESTED=0 or 1, whether all scales are nested"
 #endif
 
+constexpr u32 SERVING = NESTED ? 3 : 2;   // warps
 constexpr u32 ROUND = 2;                  // tiles whose sums are added at a time while the ring is in use
 constexpr u32 X_ROW = SLICE * 128 + 16;   // a warp's activations of a token of a step, and what keeps tokens in different banks
 constexpr u32 X_AT = AlignedPairs::AT + TABLE_WORDS * 4;
@@ -79,11 +80,17 @@ DEVICE void multiply(float (&sums0)[4], float (&sums1)[4], u32 at, u32 scales, c
     }
 }
 
-// SERVING warps: 2, or 3 where the scales of all pieces are nested.
-template <u32 SERVING>
-DEVICE void stream(const ELEMENT* x, u32 M, u32 K, u32 log2_block, u32 nested_shift, const Values& values, float ungain,
-                   u32 tiles_per_block, u32 stages, u32 pieces, const Pieces& all) {
-    constexpr bool NESTED = SERVING == 3;
+KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
+    matmul_4bit_stream(const ELEMENT* x,     // [M, K], 16-byte aligned
+                       u32 M, u32 K,         // M ≤ 8, K % 64 = 0
+                       u32 log2_block,       // 6 … 12
+                       u32 nested_shift,
+                       u64 values0, u64 values1, u64 values2, u64 values3,  // the code's 16 values, 16 bits each
+                       float ungain,         // what the sums are multiplied with: 1 / the gain of the values
+                       u32 tiles_per_block,  // tiles of 16 rows that a block (a cluster, if K is split) owns; ≤ 8 in a cluster
+                       u32 stages,           // of the ring, ≤ MOST_STAGES
+                       u32 pieces,           // ≤ MOST_PIECES; all their scales are nested or none are
+                       const __grid_constant__ Pieces all) {
     __shared__ float map[256];
     __shared__ __align__(16) u8 codes[NESTED ? CODE_STAGES * CODE_STAGE_BYTES : 16];
     __shared__ float partial[GROUP * TILE_FLOATS];
@@ -168,7 +175,7 @@ DEVICE void stream(const ELEMENT* x, u32 M, u32 K, u32 log2_block, u32 nested_sh
                 copy16(x_ring + m * X_ROW + chunk * 16, x + (valid ? u64(m) * K + block * 64 + chunk * 8 : 0), valid);
             commit();
         };
-        pairs.fill(values, threads);
+        pairs.fill(Values{{values0, values1, values2, values3}}, threads);
         wait_for_predecessors();
         copy_activations(0);
         named_barrier(3, blockDim.x);
@@ -244,21 +251,3 @@ DEVICE void stream(const ELEMENT* x, u32 M, u32 K, u32 log2_block, u32 nested_sh
         cluster_arrive(), cluster_wait();
     }
 }
-
-#define ENTRY(name, serving)                                                                                                       \
-    KERNEL __launch_bounds__((MOST_WARPS + serving) * WARP, 1)                                                                     \
-        name(const ELEMENT* x,     /* [M, K], 16-byte aligned */                                                                   \
-             u32 M, u32 K,         /* M ≤ 8, K % 64 = 0 */                                                                         \
-             u32 log2_block,       /* 6 … 12 */                                                                                    \
-             u32 nested_shift,                                                                                                     \
-             u64 values0, u64 values1, u64 values2, u64 values3, /* the code's 16 values, 16 bits each */                          \
-             float ungain,         /* what the sums are multiplied with: 1 / the gain of the values */                             \
-             u32 tiles_per_block,  /* tiles of 16 rows that a block (a cluster, if K is split) owns; ≤ 8 in a cluster */           \
-             u32 stages,           /* of the ring, ≤ MOST_STAGES */                                                                \
-             u32 pieces,           /* ≤ MOST_PIECES; all their scales are nested or none are */                                    \
-             const __grid_constant__ Pieces all) {                                                                                 \
-        stream<serving>(x, M, K, log2_block, nested_shift, Values{{values0, values1, values2, values3}}, ungain, tiles_per_block,  \
-                        stages, pieces, all);                                                                                      \
-    }
-ENTRY(matmul_4bit_stream_plain, 2)
-ENTRY(matmul_4bit_stream_nested, 3)

@@ -12,10 +12,13 @@ use super::matmul_small::mma_values;
 pub(super) const MOST_ROWS: usize = 8;
 
 /// By dtype, plain and nested.
-pub(super) static STREAM: [[Kernel; 2]; 2] = [entries("four_bit_stream_bf16"), entries("four_bit_stream_f16")];
+pub(super) static STREAM: [[Kernel; 2]; 2] = [
+    [stream("four_bit_stream_bf16"), stream("four_bit_stream_nested_bf16")],
+    [stream("four_bit_stream_f16"), stream("four_bit_stream_nested_f16")],
+];
 
-const fn entries(family: &'static str) -> [Kernel; 2] {
-    [Kernel::new(family, "matmul_4bit_stream_plain"), Kernel::new(family, "matmul_4bit_stream_nested")]
+const fn stream(family: &'static str) -> Kernel {
+    Kernel::new(family, "matmul_4bit_stream")
 }
 
 /// Whether the device runs this kernel: it needs nearly all of an H200's shared memory.
@@ -62,7 +65,7 @@ pub(super) unsafe fn launch(
         .u32(pieces.len() as u32)
         .block(&table);
     let kernel = &STREAM[dtype_index(dtype)][usize::from(nested)];
-    // SAFETY: the arguments are those of `matmul_4bit_stream_*`; the caller vouches for the pointers.
+    // SAFETY: the arguments are those of `matmul_4bit_stream`; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
 }
 
