@@ -228,12 +228,9 @@ KERNEL __launch_bounds__(384, 1)
     if (threadIdx.x == groups * 128) prefetch_map(w_map), prefetch_map(q_map);
     wait_for_predecessors();
     bool dense = false;
-    if (Types<ELEMENT>::OUTLIERS && p.outliers != nullptr && p.most < p.K) {
-        if (warp == 1) dense = marked_columns(p.outliers, p.K, lane) > p.most;
-        dense = __syncthreads_or(dense);
-    } else {
-        __syncthreads();
-    }
+    if constexpr (Types<ELEMENT>::OUTLIERS)
+        if (p.outliers != nullptr && p.most < p.K) dense = marked_columns(p.outliers, p.K, lane) > p.most;
+    __syncthreads();
 
     if (warp >= groups * 4) {
         if constexpr (TOKENS == 256) fewer_registers<72>();
@@ -270,68 +267,53 @@ KERNEL __launch_bounds__(384, 1)
         const u32 row = group * 64 + warp % 4 * 16 + g;
         float* const my_scales = scales + group * TOKENS;
         u32 count = 0, o_turn = 0;
-        // Scales of weights, the bias, and out.
-        auto finish = [&](float (&f)[TOKENS / 2], Tile tile) {
-            const u32 n = tile.weights + row, end = min(p.N, tile.weights + p.rows);
-            float s[2], b[2];
-#pragma unroll
-            for (u32 h = 0; h < 2; ++h) {
-                const bool valid = n + h * 8 < end;
-                s[h] = valid ? p.column_stats[n + h * 8] * (1.f / 127.f) : 0.f;
-                b[h] = valid && p.bias != nullptr ? to_float(p.bias[n + h * 8]) : 0.f;
-            }
-#pragma unroll
-            for (u32 j = 0; j < TOKENS / 2; ++j) f[j] = fmaf(f[j], s[j / 2 % 2], b[j / 2 % 2]);
-            if constexpr (sizeof(ELEMENT) == 2) write(p, p.out, f, tile, end, group, thread, results + group * RESULTS);
-            else if constexpr (SCALED) write_wide(p, p.out, f, tile, end, row, t);
-        };
-        bool asked = !Types<ELEMENT>::OUTLIERS || p.outliers == nullptr;
+        bool asked = !Types<ELEMENT>::OUTLIERS || p.outliers == nullptr || dense;
         Turn turn;
-        for (u32 i = first; dense && i < tiles.count(); i += stride) {
-            const Tile tile = tiles.get(i);
-            named_barrier(1 + group, 128);  // the tile before this one has been written
-            float f[TOKENS / 2];
-            multiply_dense(f, p, shared_address(ring), full, empty, turn, steps, row, lane);
-            if constexpr (SCALED) finish(f, tile);
-        }
-        for (u32 i = first; !dense && i < tiles.count(); i += stride) {
+        for (u32 i = first; i < tiles.count(); i += stride) {
             const Tile tile = tiles.get(i);
             if constexpr (SCALED) {
                 named_barrier(1 + group, 128);  // the tile before this one has been written
                 for (u32 j = thread; j < TOKENS; j += 128)
                     my_scales[j] = tile.tokens + j < p.M ? p.row_stats[tile.tokens + j] * (1.f / 127.f) : 0.f;
             }
-            i32 sums[TOKENS / 2];
-#pragma unroll
-            for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0;
-            u32 before = 0;
-#pragma unroll 1
-            for (u32 k = 0; k < steps; ++k) {
-                barrier_wait(full + turn.stage * 8, turn.parity);
-                const u64 a = swizzled_operand(a_at + turn.stage * stage_bytes), b = swizzled_operand(b_at + turn.stage * stage_bytes);
-                mma_fence();
-#pragma unroll
-                for (u32 j = 0; j < ROW / 32; ++j) mma_s8<TOKENS>(sums, a + 2 * j, b + 2 * j);
-                mma_commit();
-                mma_wait<1>();
-                if (k > 0 && lane == 0) barrier_arrive(empty + before * 8);
-                before = turn.stage;
-                turn.next(p.stages);
-            }
-            mma_wait<0>();
-            pin(sums);
-            if (lane == 0) barrier_arrive(empty + before * 8);
-            if constexpr (!SCALED) {
-                write_wide(p, p.out, sums, tile, min(p.N, tile.weights + p.rows), row, t);
+            const u32 end = min(p.N, tile.weights + p.rows);
+            float f[TOKENS / 2];
+            if (dense) {
+                multiply_dense(f, p, shared_address(ring), full, empty, turn, steps, row, lane);
             } else {
+                i32 sums[TOKENS / 2];
+#pragma unroll
+                for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0;
+                u32 before = 0;
+#pragma unroll 1
+                for (u32 k = 0; k < steps; ++k) {
+                    barrier_wait(full + turn.stage * 8, turn.parity);
+                    const u64 a = swizzled_operand(a_at + turn.stage * stage_bytes), b = swizzled_operand(b_at + turn.stage * stage_bytes);
+                    mma_fence();
+#pragma unroll
+                    for (u32 j = 0; j < ROW / 32; ++j) mma_s8<TOKENS>(sums, a + 2 * j, b + 2 * j);
+                    mma_commit();
+                    mma_wait<1>();
+                    if (k > 0 && lane == 0) barrier_arrive(empty + before * 8);
+                    before = turn.stage;
+                    turn.next(p.stages);
+                }
+                mma_wait<0>();
+                pin(sums);
+                if (lane == 0) barrier_arrive(empty + before * 8);
+                if constexpr (!SCALED) {
+                    write_wide(p, p.out, sums, tile, end, row, t);
+                    continue;
+                }
                 named_barrier(1 + group, 128);
-                float f[TOKENS / 2];
 #pragma unroll
                 for (u32 j = 0; j < TOKENS / 8; ++j) {
                     const float2 s = *reinterpret_cast<const float2*>(my_scales + j * 8 + 2 * t);
                     f[4 * j] = float(sums[4 * j]) * s.x, f[4 * j + 1] = float(sums[4 * j + 1]) * s.y;
                     f[4 * j + 2] = float(sums[4 * j + 2]) * s.x, f[4 * j + 3] = float(sums[4 * j + 3]) * s.y;
                 }
+            }
+            if constexpr (SCALED) {
                 if (!asked) {
                     barrier_wait(listed, 0);
                     count = *static_cast<volatile u32*>(&outlier_count);
@@ -343,7 +325,18 @@ KERNEL __launch_bounds__(384, 1)
                     add_outliers(f, shared_address(outliers_w), shared_address(outliers_x), group);
                     if (lane == 0) barrier_arrive(o_empty);
                 }
-                finish(f, tile);
+                const u32 n = tile.weights + row;
+                float s[2], b[2];
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h) {
+                    const bool valid = n + h * 8 < end;
+                    s[h] = valid ? p.column_stats[n + h * 8] * (1.f / 127.f) : 0.f;
+                    b[h] = valid && p.bias != nullptr ? to_float(p.bias[n + h * 8]) : 0.f;
+                }
+#pragma unroll
+                for (u32 j = 0; j < TOKENS / 2; ++j) f[j] = fmaf(f[j], s[j / 2 % 2], b[j / 2 % 2]);
+                if constexpr (sizeof(ELEMENT) == 2) write(p, p.out, f, tile, end, group, thread, results + group * RESULTS);
+                else write_wide(p, p.out, f, tile, end, row, t);
             }
         }
     }
