@@ -146,6 +146,28 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
 DEVICE u32 dense_stage(const Problem& p) { return p.rows * ROW + 2 * TOKENS * 128; }
 DEVICE u32 dense_stages(const Problem& p) { return p.stages * (p.rows + TOKENS) * ROW / dense_stage(p); }
 
+// Fills the ring, for all tiles of a block, by one thread: w beside q, or (DENSE) beside x. A step has few cycles where tiles are
+// small, so that each has a loop of its own.
+template <bool DENSE>
+DEVICE void serve_tiles(const Problem& p, const Tiles& tiles, u32 first, u32 stride, const TensorMap& w_map, const TensorMap& left_map, u32 ring,
+                        u32 full, u32 empty, u32 steps) {
+    const u32 bytes = DENSE ? dense_stage(p) : (p.rows + TOKENS) * ROW, stages = DENSE ? dense_stages(p) : p.stages;
+    Turn turn;
+    for (u32 i = first; i < tiles.count(); i += stride) {
+        const Tile tile = tiles.get(i);
+#pragma unroll 1
+        for (u32 k = 0; k < steps; ++k) {
+            barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
+            const u32 barrier = full + turn.stage * 8, at = ring + turn.stage * bytes;
+            barrier_expect(barrier, bytes);
+            copy_box(at, w_map, barrier, k * ROW, tile.weights);
+            copy_box(at + p.rows * ROW, left_map, barrier, k * ROW, tile.tokens);
+            if (DENSE) copy_box(at + p.rows * ROW + TOKENS * 128, left_map, barrier, k * ROW + 64, tile.tokens);
+            turn.next(stages);
+        }
+    }
+}
+
 // Two signed bytes as the 16-bit numbers of an MMA, the lower first: 2^23 + 128 + byte as floats, less that.
 DEVICE u32 two_weights(u32 bytes) {
     constexpr u32 MAGIC = 0x4b000000;
@@ -236,26 +258,8 @@ KERNEL __launch_bounds__(384, 1)
         if constexpr (TOKENS == 256) fewer_registers<72>();
         if (warp == groups * 4) {
             if (lane == 0) {
-                const u32 to = shared_address(ring), bytes = dense ? dense_stage(p) : stage_bytes;
-                const u32 stages = dense ? dense_stages(p) : p.stages;
-                Turn turn;
-                for (u32 i = first; i < tiles.count(); i += stride) {
-                    const Tile tile = tiles.get(i);
-#pragma unroll 1
-                    for (u32 k = 0; k < steps; ++k) {
-                        barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
-                        const u32 barrier = full + turn.stage * 8, at = to + turn.stage * bytes;
-                        barrier_expect(barrier, bytes);
-                        copy_box(at, w_map, barrier, k * ROW, tile.weights);
-                        if (dense) {
-                            copy_box(at + p.rows * ROW, x_map, barrier, k * ROW, tile.tokens);
-                            copy_box(at + p.rows * ROW + TOKENS * 128, x_map, barrier, k * ROW + 64, tile.tokens);
-                        } else {
-                            copy_box(at + p.rows * ROW, q_map, barrier, k * ROW, tile.tokens);
-                        }
-                        turn.next(stages);
-                    }
-                }
+                if (dense) serve_tiles<true>(p, tiles, first, stride, w_map, x_map, shared_address(ring), full, empty, steps);
+                else serve_tiles<false>(p, tiles, first, stride, w_map, q_map, shared_address(ring), full, empty, steps);
             }
         } else if (Types<ELEMENT>::OUTLIERS && p.outliers != nullptr && !dense) {
             serve_outliers(p, tiles, first, stride, list, outlier_count, outliers_w, outliers_x, o_full, threadIdx.x - groups * 128 - WARP);
