@@ -129,7 +129,7 @@ def layer(x, w, column_stats, bias=None, threshold=0.0):
 def multiplied_itself(x, columns):
     """Whether a layer leaves x as it is, in all columns: where many have outliers, for 16 bits on Hopper."""
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    return hopper and columns > 64 and x.shape[0] > 4 and x.shape[1] % 16 == 0 and x.dtype != torch.float32
+    return hopper and columns > 32 and x.shape[0] > 4 and x.shape[1] % 16 == 0 and x.dtype != torch.float32
 
 
 def expected(x, w, column_stats, bias, threshold):
@@ -181,7 +181,7 @@ def test_scaled_products(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [63, 64, 65, 66])
+@pytest.mark.parametrize("columns", [15, 16, 17, 31, 32, 33, 34])
 @pytest.mark.parametrize("m", [5, 16, 40, 129, 700])
 def test_around_the_number_of_columns_that_are_gathered(m, columns, dtype):
     w, column_stats = integers(200, 1104), torch.rand(200, device="cuda") + 0.5

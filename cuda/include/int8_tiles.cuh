@@ -44,17 +44,16 @@ DEVICE void gather(const u32* list, u32 count, const u8* w, u32 K, u32 weights, 
         for (u32 i = thread; i < OUTLIERS_X / 16; i += HELPERS) reinterpret_cast<uint4*>(to_x)[i] = make_uint4(0, 0, 0, 0);
         named_barrier(5, HELPERS);
     }
-    // A column to each two threads of three warps, so that many bytes are under way: each is a sector of its own.
+    // All threads have as many entries, and many are under way: each is a sector of its own.
 #pragma unroll 8
-    for (u32 i = thread; i < weights * ENTRIES; i += HELPERS) {
-        const u32 c = i % ENTRIES, row = i / ENTRIES;
-        if (c < count)
-            *reinterpret_cast<Half*>(to_w + place(128, row, c)) = from_float<Half>(byte_value(w[u64(row) * K + list[c]], 0));
+    for (u32 i = thread; i < weights * count; i += HELPERS) {
+        const u32 row = i / count, c = i - row * count;
+        *reinterpret_cast<Half*>(to_w + place(128, row, c)) = from_float<Half>(byte_value(w[u64(row) * K + list[c]], 0));
     }
 #pragma unroll 4
-    for (u32 i = thread; i < tokens * ENTRIES; i += HELPERS) {
-        const u32 c = i % ENTRIES, token = i / ENTRIES;
-        if (c < count) *reinterpret_cast<Half*>(to_x + place(TOKENS, token, c)) = from_float<Half>(left(token, list[c]));
+    for (u32 i = thread; i < tokens * count; i += HELPERS) {
+        const u32 token = i / count, c = i - token * count;
+        *reinterpret_cast<Half*>(to_x + place(TOKENS, token, c)) = from_float<Half>(left(token, list[c]));
     }
 }
 

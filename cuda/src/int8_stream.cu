@@ -129,11 +129,11 @@ DEVICE void quantize(const Layer& p, const Room& room, u32 end, u32 thread) {
 // Outlier columns [skip, skip + OUTLIERS) of `count`, by `threads` threads.
 DEVICE void gather(const Layer& p, const Room& room, u32 n0, u32 skip, u32 count, u32 thread, u32 threads) {
     const u32 columns = min(OUTLIERS, count - skip), rows = min(room.rows, p.N - n0);
-    // Many bytes under way: each is a sector of its own.
+    // All threads have as many bytes, and many are under way: each is a sector of its own.
 #pragma unroll 8
-    for (u32 i = thread; i < rows * OUTLIERS; i += threads) {
-        const u32 c = i % OUTLIERS, row = i / OUTLIERS;
-        if (c < columns) room.weights[c * room.rows + row] = p.w[u64(n0 + row) * p.K + room.list[skip % WINDOW + c]];
+    for (u32 i = thread; i < rows * columns; i += threads) {
+        const u32 row = i / columns, c = i - row * columns;
+        room.weights[c * room.rows + row] = p.w[u64(n0 + row) * p.K + room.list[skip % WINDOW + c]];
     }
     for (u32 i = thread; i < columns * p.M; i += threads) {
         const u32 c = i / p.M, m = i % p.M;
