@@ -169,7 +169,11 @@ MISTAKES = {
         "                for (u32 i = threadIdx.x; i < min(COUNT",
     ),
     "a barrier counts too few": ("stream f16", "3 * WARP : 2 * WARP + 1;", "3 * WARP : 2 * WARP;"),
-    "a barrier of codes counts too few": ("stream nested f16", "3 * WARP : 2 * WARP + 1;", "3 * WARP - 1 : 2 * WARP + 1;"),
+    "a barrier of codes counts too few": (
+        "stream nested f16",
+        "3 * WARP : 2 * WARP + 1;",
+        "3 * WARP - 1 : 2 * WARP + 1;",
+    ),
     "x is read before it has come": (
         "wgmma bf16 16",
         "if (u % PER_X == 0) barrier_wait(x_full + x_turn.stage * 8, x_turn.parity);",

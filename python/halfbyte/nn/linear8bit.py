@@ -49,9 +49,9 @@ class Linear8bitLt(torch.nn.Linear):
     -----
     The gradient goes to the input and the bias, and to a weight with ``has_fp16_weights``. The host looks for no
     outlier: a forward pass waits for nothing, can be captured in a CUDA graph and compiles with ``fullgraph=True``. On
-    the CPU, a layer in training mode does not quantize its input. On Hopper, an input of 16 bits and more than 4 rows of
-    which more than 32 columns have an outlier is multiplied as it is, in all columns: that is faster than to gather so
-    many, and no activation is rounded then.
+    the CPU, a layer in training mode does not quantize its input. On Hopper, an input of 16 bits and more than 4 rows,
+    of which more than 32 columns have an outlier, is multiplied as it is, in all columns: that is faster than to gather
+    so many, and no activation is rounded then.
 
     State dicts have bitsandbytes' keys, ``weight`` (int8), ``SCB``, ``weight_format`` and ``bias``, and load into
     quantized and meta layers, before and after a forward pass; a float weight loads as well, and is quantized if the
