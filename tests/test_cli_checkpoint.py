@@ -324,6 +324,8 @@ def test_killed_at_random_points_and_resumed_the_bytes_are_the_same(tmp_path):
         killed += 1
         for name, data in bytes_of(out).items():
             assert name.startswith(".halfbyte") or data == whole[name], name
+        if not (out / ".halfbyte").exists() and bytes_of(out) == whole:
+            break  # it was hit when there was nothing left to do, and so nothing to resume
     assert killed >= 1
     if (out / ".halfbyte").exists():
         assert command("quantize", tmp_path / "src", out, *options, "--resume").wait() == 0
