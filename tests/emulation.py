@@ -16,8 +16,8 @@ BUILT = ROOT / ".build" / "emulation"
 COMPILER = os.environ.get("CXX", "g++")
 STANDARD = "-std=c++20"
 
-STATIC = re.compile(r"(?<!extern )__shared__ (?:__align__\((\d+)\) )?(\w+) (\w+)\[(.+)\];")
-DYNAMIC = re.compile(r"extern __shared__ (?:__align__\((\d+)\) )?u8 dynamic\[\];")
+STATIC = re.compile(r"(?<!extern )__shared__ (?:__align__\((\d+)\) )?(\w+) (\w+)(?:\[(.+)\])?;")
+DYNAMIC = re.compile(r" *extern __shared__ (?:__align__\((\d+)\) )?u8 dynamic\[\];.*\n")
 
 
 @cache
@@ -37,16 +37,21 @@ def for_the_machine(source: str) -> str:
 
     def static(match):
         alignment, kind, name, count = match.groups()
-        size = f"u32(({count}) * sizeof({kind}))"
-        array = f"machine::static_array({next(index)}, {size}, {alignment or f'alignof({kind})'})"
-        return f"{kind}* const {name} = static_cast<{kind}*>({array});"
+        size = f"u32(({count or 1}) * sizeof({kind}))"
+        array = f"static_cast<{kind}*>(machine::static_array({next(index)}, {size}, {alignment or f'alignof({kind})'}))"
+        return f"{kind}* const {name} = {array};" if count else f"{kind}& {name} = *{array};"
 
-    source = STATIC.sub(static, source)
-    return DYNAMIC.sub(lambda match: f"u8* const dynamic = machine::dynamic_array({match[1] or 16});", source)
+    # Dynamic shared memory begins behind what is static, and so has to be asked for last.
+    dynamic = DYNAMIC.search(source)
+    if dynamic:
+        last = max([dynamic.end(), *(source.index("\n", match.end()) + 1 for match in STATIC.finditer(source))])
+        asked = f"    u8* const dynamic = machine::dynamic_array({dynamic[1] or 16});\n"
+        source = source[: dynamic.start()] + source[dynamic.end() : last] + asked + source[last:]
+    return STATIC.sub(static, source)
 
 
-def build(source: str, which: str, defines: dict[str, str], changes=()) -> Path:
-    """The program for kernel `source` of cuda/src, ``which`` being MMA, STREAM, WGMMA or LARGE.
+def build(source: str, which: str, defines: dict[str, str], changes=(), program: str = "products.cpp") -> Path:
+    """`program` for kernel `source` of cuda/src, ``which`` being MMA, STREAM, WGMMA, LARGE or INT8.
 
     ``changes`` are pairs of what stands in the source, or in a header that it includes, and what is to stand there.
     Programs are kept by what they are made from.
@@ -66,19 +71,19 @@ def build(source: str, which: str, defines: dict[str, str], changes=()) -> Path:
     flags = [STANDARD, "-O1", "-w", "-fno-strict-aliasing", f"-D{which}"]
     flags += [f"-D{name}={value}" for name, value in defines.items()]
     own = sorted([*EMULATION.glob("*.*"), *(EMULATION / "include").iterdir()])
-    made_from = [*flags, *texts.items(), *(path.read_text(encoding="utf-8") for path in own)]
+    made_from = [program, *flags, *texts.items(), *(path.read_text(encoding="utf-8") for path in own)]
     folder = BUILT / hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    program = folder / "product"
-    if not program.exists():
+    built = folder / "product"
+    if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         paths = [f"-I{folder}", f"-I{EMULATION / 'include'}", f"-I{EMULATION}", f'-DKERNEL_SOURCE="{source}"']
-        sources = [EMULATION / "products.cpp", EMULATION / "machine.cpp"]
+        sources = [EMULATION / program, EMULATION / "machine.cpp"]
         building = folder / f"building-{os.getpid()}"
         subprocess.run([COMPILER, *flags, *paths, *sources, "-o", building], check=True)
-        building.rename(program)
-    return program
+        building.rename(built)
+    return built
 
 
 def run(program: Path, **settings) -> tuple[bool, str]:

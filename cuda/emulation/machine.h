@@ -8,6 +8,7 @@
 // there are, a wait that nothing ends.
 // Lanes of a warp go together only where they meet.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -140,6 +141,18 @@ static const GridDim gridDim;
 #define __grid_constant__
 #define __launch_bounds__(...)
 inline u32 __shfl_sync(u32, u32 value, u32 lane) { return machine::exchange(value, lane); }
+inline u32 __shfl_up_sync(u32, u32 value, u32 by) {
+    const u32 lane = machine::thread() % 32;
+    return machine::exchange(value, lane < by ? lane : lane - by);
+}
+inline u32 __shfl_xor_sync(u32, u32 value, u32 bits) { return machine::exchange(value, machine::thread() % 32 ^ bits); }
+inline bool __any_sync(u32, bool value) {
+    bool any = false;
+    for (u32 lane = 0; lane < 32; ++lane) any |= machine::exchange(value, lane) != 0;
+    return any;
+}
+inline u32 __popc(u32 bits) { return u32(__builtin_popcount(bits)); }
+inline u32 __ffs(u32 bits) { return u32(__builtin_ffs(i32(bits))); }
 inline void __syncwarp() { machine::sync_warp(); }
 inline void __syncthreads() { machine::named_barrier(0, machine::threads(), true); }
 template <class T> T __ldg(const T* p) { return *p; }
@@ -151,5 +164,8 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
+inline u32 min(i32 a, u32 b) { return min(u32(a), b); }

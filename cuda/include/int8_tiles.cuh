@@ -6,6 +6,7 @@
 // has left. Any number of columns: the list is cut into windows.
 #pragma once
 #include "int8.cuh"
+#include "shared.cuh"
 #include "warpgroup.cuh"
 
 #if !defined(ELEMENT) || !defined(TOKENS)
@@ -20,12 +21,6 @@ constexpr u32 MOST_STAGES = 16;
 constexpr u32 ENTRIES = 16;       // of an outlier MMA
 constexpr u32 HELPERS = 96;       // threads that gather
 constexpr u32 OUTLIERS_W = 128 * ENTRIES * 2, OUTLIERS_X = TOKENS * ENTRIES * 2;
-
-DEVICE u32 load_two_bytes(u32 at) {
-    u16 v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
-    return v;
-}
 
 struct Turn {
     u32 stage = 0, parity = 0;

@@ -7,6 +7,11 @@ DEVICE u32 load_word(u32 at) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
     return v;
 }
+DEVICE u32 load_two_bytes(u32 at) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+}
 // Free to move, for what a barrier ahead of it has made ready and a barrier behind it keeps.
 DEVICE uint2 load_uint2(u32 at) {
     uint2 v;

@@ -12,6 +12,7 @@ inline u32 shared_address(const void* p) { return machine::address_of(p); }
 
 struct Bf16 { u16 bits; };
 struct F16 { u16 bits; };
+struct F32 { float value; };
 
 inline float as_float(u32 bits) {
     float value;
@@ -34,6 +35,9 @@ template <> struct Pack<F16> {
     static u32 two(float low, float high) { return machine::to_f16(low) | u32(machine::to_f16(high)) << 16; }
 };
 template <class T> T from_float(float x) { return T{u16(Pack<T>::two(x, 0.f))}; }
+
+template <class T> struct Eight { uint4 raw; };
+template <> struct Eight<F32> { float4 low, high; };
 
 struct Scales {
     const void* absmax;

@@ -3,6 +3,7 @@
 #include "common.cuh"
 
 inline u32 load_word(u32 at) { return machine::load<u32>(at); }
+inline u32 load_two_bytes(u32 at) { return machine::load<u16>(at); }
 inline uint2 load_uint2(u32 at) { return machine::load<uint2>(at); }
 inline uint4 load_uint4(u32 at) { return machine::load<uint4>(at); }
 inline float load_float(u32 at) { return machine::load<float>(at); }

@@ -1,4 +1,4 @@
-// In place of cuda/include/warpgroup.cuh: of the layouts the swizzled one.
+// In place of cuda/include/warpgroup.cuh.
 #pragma once
 #include "hopper.cuh"
 
@@ -38,7 +38,7 @@ template <int N> void fewer_registers() { machine::registers(N); }
 inline void mma_fence() { machine::mma_fence(); }
 inline void mma_commit() { machine::mma_commit(); }
 template <int N> void mma_wait() { machine::mma_wait(N); }
-template <int N> void pin(float (&)[N]) {}
+template <class T, int N> void pin(T (&)[N]) {}
 inline void keep(u32&) {}
 
 inline void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
@@ -55,14 +55,31 @@ inline u64 swizzled_operand(u32 address) {
     if (address % 1024) machine::fail("an operand is misaligned");
     return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
-// Element (row, k) of an operand, found as the hardware finds it: the swizzle is of the whole address.
-template <class T> float operand_element(u64 operand, u32 row, u32 k, u32 rank) {
-    const u32 start = u32(operand & 0x3fff) << 4, eight_rows = u32(operand >> 32 & 0x3fff) << 4;
-    const u32 at = swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2) | rank << 24;
+inline u64 interleaved_operand(u32 address, u32 k_stride) {
+    if (address % 16) machine::fail("an operand is misaligned");
+    return u64(address >> 4 & 0x3fff) | u64(k_stride >> 4) << 16 | u64(128 >> 4) << 32;
+}
+// Where byte `byte` of a row of an operand is, found as the hardware finds it: a swizzle is of the whole address.
+inline u32 operand_byte(u64 operand, u32 row, u32 byte, u32 rank) {
+    const u32 start = u32(operand & 0x3fff) << 4, k_stride = u32(operand >> 16 & 0x3fff) << 4, eight_rows = u32(operand >> 32 & 0x3fff) << 4;
+    const u32 rows = start + row / 8 * eight_rows;
+    const u32 at = (operand >> 62 ? swizzled(rows + row % 8 * 128 + byte) : rows + byte / 16 * k_stride + row % 8 * 16 + byte % 16) | rank << 24;
     machine::must_be_fenced(at);
-    return to_float(machine::peek<T>(at));
+    return at;
+}
+template <class T> float operand_element(u64 operand, u32 row, u32 k, u32 rank) {
+    return to_float(machine::peek<T>(operand_byte(operand, row, k * 2, rank)));
 }
 
+template <int N> void mma_s8(i32 (&d)[N / 2], u64 left, u64 right) {
+    const u32 thread = machine::thread(), g = thread % 32 / 4, t = thread % 4, row = thread / 32 % 4 * 16 + g, rank = machine::rank();
+    i32* const sums = d;
+    machine::mma_issue([=] {
+        auto byte = [&](u64 operand, u32 r, u32 k) { return i32(machine::peek<signed char>(operand_byte(operand, r, k, rank))); };
+        for (u32 j = 0; j < N / 2; ++j)
+            for (u32 k = 0; k < 32; ++k) sums[j] += byte(left, row + j / 2 % 2 * 8, k) * byte(right, j / 4 * 8 + 2 * t + j % 2, k);
+    });
+}
 template <class T, int N> void mma_16(float (&d)[N / 2], u64 left, u64 right) {
     const u32 thread = machine::thread(), g = thread % 32 / 4, t = thread % 4, row = thread / 32 % 4 * 16 + g, rank = machine::rank();
     float* const sums = d;
