@@ -43,15 +43,18 @@ int main(int count, char** arguments) {
 
     const TensorMap w_map = {w, k, n, 1, rows}, q_map = {q, k, m, 1, TOKENS}, x_map = {x, k, m, 2, TOKENS};
     const u32 behind = 128 * 32 + TOKENS * 32 + 2 * std::min(TOKENS, 64) * 128 + 2 * TOKENS * 4 + 512 * 4;
-    const u32 shared = stages * (rows + TOKENS) * 128 + behind + 1024;
-    const machine::Launch launch = {(rows > 64 ? 3u : 2u) * 128, 1, settings.get("blocks", 1), 1, 168, shared};
-    const bool any = settings.get("threshold", 1);
+    const u32 cluster = settings.get("cluster", 1), groups = rows > 64 ? 2 : 1, parts = cluster > 1 ? groups * TOKENS * 256 : 0;
+    const u32 shared = stages * (rows + TOKENS) * 128 + behind + parts + 1024;
+    const machine::Launch launch = {(groups + 1) * 128, cluster, settings.get("blocks", 1) * cluster, 1, 168, shared};
+    const bool any = settings.get("threshold", 1), counted = any && settings.get("counted", 1);
+    u32* const marked = guarded<u32>(1);
+    *marked = columns;
     machine::run(launch, {seed * 7 + 1, settings.get("lateness", 40)}, [&] {
-        matmul_int8(w_map, q_map, x_map, row_stats, column_stats, bias, out + MARGIN, x, q, w, any ? bitmap : nullptr, m, n, k, rows, stages,
+        matmul_int8(w_map, q_map, x_map, row_stats, column_stats, bias, out + MARGIN, x, q, w, any ? bitmap : nullptr, counted ? marked : nullptr, m, n, k, rows, stages,
                     std::max(2048 / TOKENS, 1), most);
     });
 
-    const bool itself = any && columns > most;  // x is multiplied, not its codes
+    const bool itself = counted && columns > most;  // x is multiplied, not its codes
     double worst = 0;
     for (u32 row = 0; row < m; ++row) {
         for (u32 column = 0; column < n; ++column) {

@@ -77,15 +77,6 @@ DEVICE u32 list_columns(const u32* outliers, u32 K, u32 skip, u32* list, u32 lan
     return found;
 }
 
-// How many columns are marked: the same for all lanes of a warp.
-DEVICE u32 marked_columns(const u32* outliers, u32 K, u32 lane) {
-    u32 found = 0;
-#pragma unroll 8
-    for (u32 i = lane; i < (K + 31) / 32; i += WARP) found += __popc(outliers[i]);
-    for (u32 i = WARP / 2; i > 0; i /= 2) found += __shfl_xor_sync(ALL_LANES, found, i);
-    return found;
-}
-
 // d[16 × 8] += a[16 × 32] · b[8 × 32]ᵀ: lane (g, t) has of a bytes 4t … 4t + 3 of rows g and g + 8, then of bytes 16 on; of b those of
 // row g.
 DEVICE void mma_s8(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {

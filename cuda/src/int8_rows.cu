@@ -29,14 +29,16 @@ DEVICE u32 block_max(u32 value) {
     return warp_max(threadIdx.x % WARP < blockDim.x / WARP ? scratch[threadIdx.x % WARP] : 0);
 }
 
-// Marks columns 32 · word + bits. Mostly they are marked already.
-DEVICE void mark(u32* outliers, u32 word, u32 bits) {
-    if ((*static_cast<volatile u32*>(outliers + word) & bits) != bits) atomicOr(outliers + word, bits);
+// Marks columns 32 · word + bits, and counts those that were not. Mostly they are marked already.
+DEVICE void mark(u32* outliers, u32* count, u32 word, u32 bits) {
+    if ((*static_cast<volatile u32*>(outliers + word) & bits) == bits) return;
+    const u32 fresh = bits & ~atomicOr(outliers + word, bits);
+    if (count != nullptr && fresh != 0) atomicAdd(count, __popc(fresh));
 }
 
-// A row a block. The row is at a multiple of 16 bytes, K % 8 = 0, K ≤ 8 · V · threads. `threshold` is NaN for none.
+// A row a block. `count` gets the number of marked columns, where it is not null. The row is at a multiple of 16 bytes, K % 8 = 0, K ≤ 8 · V · threads. `threshold` is NaN for none.
 template <class T, int V>
-DEVICE void quantize_row(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers) {
+DEVICE void quantize_row(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers, u32* count) {
     let_dependents_start();
     wait_for_predecessors();
     const u64 row = blockIdx.x;
@@ -66,7 +68,7 @@ DEVICE void quantize_row(const T* x, u32 K, float threshold, u8* q, float* stats
                 largest = max(largest, out ? 0u : magnitude(e));
             }
             const u32 at = (i * blockDim.x + threadIdx.x) * 8;
-            if (left_out[i] != 0) mark(outliers, at / 32, left_out[i] << at % 32);
+            if (left_out[i] != 0) mark(outliers, count, at / 32, left_out[i] << at % 32);
         }
     }
     largest = block_max(largest);
@@ -88,7 +90,7 @@ DEVICE void quantize_row(const T* x, u32 K, float threshold, u8* q, float* stats
 }
 
 // Any row, which is read twice.
-template <class T> DEVICE void quantize_any_row(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers) {
+template <class T> DEVICE void quantize_any_row(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers, u32* count) {
     let_dependents_start();
     wait_for_predecessors();
     const u64 row = blockIdx.x;
@@ -97,7 +99,7 @@ template <class T> DEVICE void quantize_any_row(const T* x, u32 K, float thresho
     for (u32 k = threadIdx.x; k < K; k += blockDim.x) {
         const float e = to_float(from[k]);
         if (!is_outlier(e, threshold)) largest = max(largest, magnitude(e));
-        else if (outliers != nullptr) mark(outliers, k / 32, 1u << k % 32);
+        else if (outliers != nullptr) mark(outliers, count, k / 32, 1u << k % 32);
     }
     largest = block_max(largest);
     const RowScale scale(as_float(largest));
@@ -110,13 +112,13 @@ template <class T> DEVICE void quantize_any_row(const T* x, u32 K, float thresho
 
 #define QUANTIZE(T, name, V)                                                                                                  \
     KERNEL __launch_bounds__(1024)                                                                                            \
-        quantize_rows_##name##_##V(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers) {                  \
-        quantize_row<T, V>(x, K, threshold, q, stats, outliers);                                                              \
+        quantize_rows_##name##_##V(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers, u32* count) {      \
+        quantize_row<T, V>(x, K, threshold, q, stats, outliers, count);                                                       \
     }
 #define ALL(T, name)                                                                                                          \
     QUANTIZE(T, name, 1) QUANTIZE(T, name, 2) QUANTIZE(T, name, 4)                                                            \
-    KERNEL quantize_rows_any_##name(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers) {                 \
-        quantize_any_row<T>(x, K, threshold, q, stats, outliers);                                                             \
+    KERNEL quantize_rows_any_##name(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers, u32* count) {     \
+        quantize_any_row<T>(x, K, threshold, q, stats, outliers, count);                                                      \
     }
 ALL(Bf16, bf16)
 ALL(F16, f16)

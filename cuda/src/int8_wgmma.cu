@@ -14,17 +14,26 @@
 // product of 16 bits does, and no activation is rounded then. Stages of the same ring are rows × 128 bytes of w and twice TOKENS × 64
 // elements of x; bytes of w become 16-bit numbers, exactly, in the registers that are the A operand.
 //
+// Where tiles are fewer than multiprocessors, the blocks of a cluster share one along K: sums of a tile's other blocks are added by the
+// first, in order, over distributed shared memory (pairs, or fours, of blocks; a cluster has one tile).
+//
 // Programmatic dependent launch: barriers and tensor maps are ready when the kernel ahead ends. (To fetch weights into the L2 by then
 // makes everything slower: they come at the cost of what that kernel still reads.)
 //
 // Bytes: N·K + M·K (a tile's from the L2 for each tile beside it) + out.
 #include "int8_tiles.cuh"
+#include "pairs.cuh"
 #include "wgmma.cuh"
 
 constexpr u32 PART = TOKENS < 64 ? TOKENS : 64;  // tokens whose results go through shared memory at a time
 
-// Shared memory behind the ring: entries, results of a group, then scales of the tokens for each group and the window.
+// Shared memory behind the ring: entries, results of a group, then scales of the tokens for each group and the window. In a cluster,
+// sums of a group's threads: [TOKENS / 2][128].
 constexpr u32 RESULTS = PART * 128;
+constexpr bool SPLIT = TOKENS <= 64;  // whether there are clusters: of more tokens there are more sums than time is won
+
+// What this block has of the work along K, and of the outliers' chunks.
+struct Part { u32 rank, ranks, begin, steps; };
 
 struct Problem {
     const float* row_stats;     // [M]
@@ -35,6 +44,7 @@ struct Problem {
     const u8* q;                // [M, K]
     const u8* w;                // [N, K]
     const u32* outliers;        // [K / 32] or null
+    const u32* marked;          // how many there are, or null
     u32 M, N, K;
     u32 rows;                   // weights of a tile, a multiple of 8
     u32 stages;
@@ -107,7 +117,7 @@ DEVICE void write_wide(const Problem& p, T* out, const V (&v)[TOKENS / 2], Tile 
 }
 
 // The entries of all tiles of a block, by HELPERS threads; o_full and the barriers behind it: o_empty, listed.
-DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 stride, u32* list, u32& outlier_count, u8* to_w, u8* to_x,
+DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, const Part& part, u32 first, u32 stride, u32* list, u32& outlier_count, u8* to_w, u8* to_x,
                            u32 o_full, u32 thread) {
     u32 window = 0;
     auto relist = [&] {
@@ -129,7 +139,7 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
             const u64 at = u64(tile.tokens + token) * p.K + k;
             return residual(to_float(p.x[at]), byte_value(p.q[at], 0), p.row_stats[tile.tokens + token]);
         };
-        for (u32 c = 0; c < count; c += ENTRIES) {
+        for (u32 c = part.rank * ENTRIES; c < count; c += part.ranks * ENTRIES) {
             if (c < window || min(c + ENTRIES, count) > window + WINDOW) window = c, relist();
             barrier_wait(o_full + 8, parity ^ 1);
             parity ^= 1;
@@ -138,6 +148,32 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, u32 first, u32 
             barrier_arrive(o_full);
         }
     }
+}
+
+// --- clusters --------------------------------------------------------------------------------------------------------------
+
+DEVICE u32 sum_bits(float x) { return as_bits(x); }
+DEVICE u32 sum_bits(i32 x) { return u32(x); }
+DEVICE void add_bits(float& x, float other) { x += other; }
+DEVICE void add_bits(i32& x, float other) { x += i32(as_bits(other)); }
+
+// Adds the sums of a cluster's blocks. False for those that are not the first: their sums are the first's now. All threads of the
+// cluster meet here once, and at the kernel's end, until which these sums are read.
+template <class V> DEVICE bool add_parts(V (&sums)[TOKENS / 2], const Part& part, float* parts, u32 group, u32 thread) {
+    float* const mine = parts + group * (TOKENS / 2 * 128) + thread;
+    if (part.rank > 0) {
+#pragma unroll
+        for (u32 j = 0; j < TOKENS / 2; ++j) mine[j * 128] = as_float(sum_bits(sums[j]));
+    }
+    cluster_arrive(), cluster_wait();
+    if (part.rank > 0) return false;
+#pragma unroll 1
+    for (u32 from = 1; from < part.ranks; ++from) {
+        const u32 at = map_to_block(shared_address(mine), from);
+#pragma unroll
+        for (u32 j = 0; j < TOKENS / 2; ++j) add_bits(sums[j], load_cluster_float(at + j * 512));
+    }
+    return true;
 }
 
 // --- x itself --------------------------------------------------------------------------------------------------------------
@@ -149,14 +185,14 @@ DEVICE u32 dense_stages(const Problem& p) { return p.stages * (p.rows + TOKENS) 
 // Fills the ring, for all tiles of a block, by one thread: w beside q, or (DENSE) beside x. A step has few cycles where tiles are
 // small, so that each has a loop of its own.
 template <bool DENSE>
-DEVICE void serve_tiles(const Problem& p, const Tiles& tiles, u32 first, u32 stride, const TensorMap& w_map, const TensorMap& left_map, u32 ring,
-                        u32 full, u32 empty, u32 steps) {
+DEVICE void serve_tiles(const Problem& p, const Tiles& tiles, const Part& part, u32 first, u32 stride, const TensorMap& w_map,
+                        const TensorMap& left_map, u32 ring, u32 full, u32 empty) {
     const u32 bytes = DENSE ? dense_stage(p) : (p.rows + TOKENS) * ROW, stages = DENSE ? dense_stages(p) : p.stages;
     Turn turn;
     for (u32 i = first; i < tiles.count(); i += stride) {
         const Tile tile = tiles.get(i);
 #pragma unroll 1
-        for (u32 k = 0; k < steps; ++k) {
+        for (u32 k = part.begin; k < part.begin + part.steps; ++k) {
             barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
             const u32 barrier = full + turn.stage * 8, at = ring + turn.stage * bytes;
             barrier_expect(barrier, bytes);
@@ -168,12 +204,16 @@ DEVICE void serve_tiles(const Problem& p, const Tiles& tiles, u32 first, u32 str
     }
 }
 
-// Two signed bytes as the 16-bit numbers of an MMA, the lower first: 2^23 + 128 + byte as floats, less that.
-DEVICE u32 two_weights(u32 bytes) {
-    constexpr u32 MAGIC = 0x4b000000;
-    constexpr float ZERO = 8388608.f + 128.f;
-    const u32 biased = bytes ^ 0x8080;
-    return Pack<Half>::two(as_float(__byte_perm(biased, MAGIC, 0x7440)) - ZERO, as_float(__byte_perm(biased, MAGIC, 0x7441)) - ZERO);
+// Two signed bytes as the 16-bit numbers of an MMA, the lower first. Numbers of 2^10 (fp16) or 2^7 (bf16) on hold integers exactly: with
+// the sign turned a byte is 128 more than its value, which fp16 has room for; bf16 for seven bits, so that the eighth is in what is
+// subtracted.
+template <class T> DEVICE u32 two_weights(u32 bytes);
+template <> DEVICE u32 two_weights<F16>(u32 bytes) {
+    return difference<F16>((__byte_perm(bytes, 0, 0x4140) ^ 0x00800080) | 0x64006400, 0x64806480);
+}
+template <> DEVICE u32 two_weights<Bf16>(u32 bytes) {
+    const u32 apart = __byte_perm(bytes, 0, 0x4140);
+    return difference<Bf16>((apart & 0x007f007f) | 0x43004300, (apart & 0x00800080) | 0x43004300);
 }
 
 // Sums of a tile; `row` is this lane's first, whose number and g are the same modulo 8. A half of a stage is decoded while the MMAs of
@@ -193,7 +233,7 @@ DEVICE void multiply_dense(float (&sums)[TOKENS / 2], const Problem& p, u32 ring
             for (u32 j = 0; j < 4; ++j) {
                 const u32 from = at + row * ROW + (half * 4 + j ^ g) * 16 + 2 * t;
 #pragma unroll
-                for (u32 i = 0; i < 4; ++i) a[half][j][i] = two_weights(load_two_bytes(from + i % 2 * (8 * ROW) + i / 2 * 8));
+                for (u32 i = 0; i < 4; ++i) a[half][j][i] = two_weights<Half>(load_two_bytes(from + i % 2 * (8 * ROW) + i / 2 * 8));
             }
             const u64 right = swizzled_operand(at + p.rows * ROW + half * (TOKENS * 128));
             mma_fence();
@@ -222,9 +262,9 @@ KERNEL __launch_bounds__(384, 1)
                 const __grid_constant__ TensorMap q_map,  // boxes of TOKENS × 128
                 const __grid_constant__ TensorMap x_map,  // boxes of TOKENS × 64 elements, where there can be outliers
                 const float* row_stats, const float* column_stats, const Float* bias, ELEMENT* out, const Float* x, const u8* q,
-                const u8* w, const u32* outliers, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles,
-                u32 most) {  // outlier columns that are gathered; with more, x itself is multiplied
-    const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, M, N, K, rows, ring_stages, group_tiles, most};
+                const u8* w, const u32* outliers, const u32* marked, u32 M, u32 N, u32 K, u32 rows, u32 ring_stages, u32 group_tiles,
+                u32 most) {  // outlier columns that are gathered; with more, x itself is multiplied, if it is known how many there are
+    const Problem p = {row_stats, column_stats, bias, out, x, q, w, outliers, marked, M, N, K, rows, ring_stages, group_tiles, most};
     extern __shared__ u8 dynamic[];
     __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + 3];
     __shared__ u32 outlier_count;
@@ -232,14 +272,20 @@ KERNEL __launch_bounds__(384, 1)
     const u32 full = shared_address(barriers), empty = full + MOST_STAGES * 8, o_full = empty + MOST_STAGES * 8;
     const u32 o_empty = o_full + 8, listed = o_full + 16;
     u8* const ring = dynamic + (0u - shared_address(dynamic) & 1023);
-    const u32 stage_bytes = (p.rows + TOKENS) * ROW, steps = (p.K + ROW - 1) / ROW;
+    const u32 stage_bytes = (p.rows + TOKENS) * ROW, all_steps = (p.K + ROW - 1) / ROW;
     u8* const outliers_w = ring + p.stages * stage_bytes;
     u8* const outliers_x = outliers_w + OUTLIERS_W;
     u8* const results = outliers_x + OUTLIERS_X;
     float* const scales = reinterpret_cast<float*>(results + 2 * RESULTS);
     u32* const list = reinterpret_cast<u32*>(scales + 2 * TOKENS);
+    float* const parts = reinterpret_cast<float*>(list + WINDOW);
     const Tiles tiles(p);
-    const u32 first = blockIdx.x, stride = gridDim.x;
+    Part part = {0, 1, 0, all_steps};
+    if constexpr (SPLIT) {
+        part.rank = cluster_rank(), part.ranks = cluster_size();
+        part.begin = all_steps * part.rank / part.ranks, part.steps = all_steps * (part.rank + 1) / part.ranks - part.begin;
+    }
+    const u32 first = blockIdx.x / part.ranks, stride = gridDim.x / part.ranks, steps = part.steps;
 
     let_dependents_start();
     if (warp == 0) {
@@ -249,21 +295,25 @@ KERNEL __launch_bounds__(384, 1)
     }
     if (threadIdx.x == groups * 128) prefetch_map(w_map), prefetch_map(q_map);
     wait_for_predecessors();
-    bool dense = false;
-    if constexpr (Types<ELEMENT>::OUTLIERS)
-        if (p.outliers != nullptr && p.most < p.K) dense = marked_columns(p.outliers, p.K, lane) > p.most;
+    bool dense = false, gathers = Types<ELEMENT>::OUTLIERS && p.outliers != nullptr;
+    if (gathers && p.marked != nullptr) {
+        const u32 columns = *static_cast<const volatile u32*>(p.marked);
+        dense = columns > p.most, gathers = !dense && columns > 0;
+    }
     __syncthreads();
 
     if (warp >= groups * 4) {
         if constexpr (TOKENS == 256) fewer_registers<72>();
         if (warp == groups * 4) {
             if (lane == 0) {
-                if (dense) serve_tiles<true>(p, tiles, first, stride, w_map, x_map, shared_address(ring), full, empty, steps);
-                else serve_tiles<false>(p, tiles, first, stride, w_map, q_map, shared_address(ring), full, empty, steps);
+                if (dense) serve_tiles<true>(p, tiles, part, first, stride, w_map, x_map, shared_address(ring), full, empty);
+                else serve_tiles<false>(p, tiles, part, first, stride, w_map, q_map, shared_address(ring), full, empty);
             }
-        } else if (Types<ELEMENT>::OUTLIERS && p.outliers != nullptr && !dense) {
-            serve_outliers(p, tiles, first, stride, list, outlier_count, outliers_w, outliers_x, o_full, threadIdx.x - groups * 128 - WARP);
+        } else if (gathers) {
+            serve_outliers(p, tiles, part, first, stride, list, outlier_count, outliers_w, outliers_x, o_full,
+                           threadIdx.x - groups * 128 - WARP);
         }
+        if (part.ranks > 1) cluster_arrive(), cluster_wait();
     } else {
         if constexpr (TOKENS == 256) more_registers<216>();
         const u32 group = warp / 4, thread = threadIdx.x % 128, g = lane / 4, t = lane % 4;
@@ -271,7 +321,7 @@ KERNEL __launch_bounds__(384, 1)
         const u32 row = group * 64 + warp % 4 * 16 + g;
         float* const my_scales = scales + group * TOKENS;
         u32 count = 0, o_turn = 0;
-        bool asked = !Types<ELEMENT>::OUTLIERS || p.outliers == nullptr || dense;
+        bool asked = !gathers;
         Turn turn;
         for (u32 i = first; i < tiles.count(); i += stride) {
             const Tile tile = tiles.get(i);
@@ -306,6 +356,8 @@ KERNEL __launch_bounds__(384, 1)
                 pin(sums);
                 if (lane == 0) barrier_arrive(empty + before * 8);
                 if constexpr (!SCALED) {
+                    if constexpr (SPLIT)
+                        if (part.ranks > 1 && !add_parts(sums, part, parts, group, thread)) continue;
                     write_wide(p, p.out, sums, tile, end, row, t);
                     continue;
                 }
@@ -323,12 +375,14 @@ KERNEL __launch_bounds__(384, 1)
                     count = *static_cast<volatile u32*>(&outlier_count);
                     asked = true;
                 }
-                for (u32 c = 0; c < count; c += ENTRIES) {
+                for (u32 c = part.rank * ENTRIES; c < count; c += part.ranks * ENTRIES) {
                     barrier_wait(o_full, o_turn);
                     o_turn ^= 1;
                     add_outliers(f, shared_address(outliers_w), shared_address(outliers_x), group);
                     if (lane == 0) barrier_arrive(o_empty);
                 }
+                if constexpr (SPLIT)
+                    if (part.ranks > 1 && !add_parts(f, part, parts, group, thread)) continue;
                 const u32 n = tile.weights + row;
                 float s[2], b[2];
 #pragma unroll
@@ -344,4 +398,5 @@ KERNEL __launch_bounds__(384, 1)
             }
         }
     }
+    if (part.ranks > 1) cluster_arrive(), cluster_wait();
 }

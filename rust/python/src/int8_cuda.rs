@@ -2,7 +2,7 @@
 
 use halfbyte::Error;
 use halfbyte::device::cuda::Stream;
-use halfbyte::int8::cuda::{self, Floats, Product, Target};
+use halfbyte::int8::cuda::{self, Columns, Floats, Product, Target};
 use pyo3::prelude::*;
 
 use crate::dlpack::TensorRef;
@@ -15,6 +15,11 @@ fn at(tensor: &TensorRef) -> u64 {
 
 fn float(tensor: &TensorRef) -> PyResult<(u64, halfbyte::Dtype)> {
     Ok((at(tensor), tensor.float().map_err(raise)?))
+}
+
+/// Columns of a bitmap that came from outside.
+fn uncounted(bitmap: &TensorRef) -> Columns {
+    Columns { bitmap: at(bitmap), counted: false }
 }
 
 /// Rows and columns of `x`, whose rows are as many as `rows` has elements.
@@ -35,7 +40,7 @@ pub(crate) fn quantize_rows(
     outliers: Option<&TensorRef>,
 ) -> PyResult<()> {
     let stream = stream_of(x, device)?;
-    let outliers = outliers.map(at);
+    let outliers = outliers.map(uncounted);
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
     unsafe { cuda::quantize_rows(&stream, float(x)?, shape(x, stats), threshold, at(q), at(stats), outliers) }
         .map_err(raise)
@@ -107,7 +112,7 @@ pub(crate) fn matmul(
     let stream = stream_of(q, device)?;
     let floats = match floats {
         Some((x, outliers)) => {
-            Some(Floats { x: at(x), dtype: x.float().map_err(raise)?, outliers: at(outliers), gathered: None })
+            Some(Floats { x: at(x), dtype: x.float().map_err(raise)?, outliers: uncounted(outliers) })
         }
         None => None,
     };

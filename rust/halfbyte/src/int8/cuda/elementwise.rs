@@ -1,5 +1,6 @@
 //! Rows and columns to int8 and back: the kernels of cuda/src/int8_rows.cu and cuda/src/int8.cu.
 
+use super::product::Columns;
 use crate::device::cuda::{Arguments, Kernel, Launch, Pointer, Stream, THREADS, device, dtype_index};
 use crate::element::Dtype;
 use crate::error::Result;
@@ -53,7 +54,7 @@ unsafe fn clear(stream: &Stream, at: Pointer, words: usize) -> Result<()> {
 }
 
 /// Quantizes rows of `x` [m, k]: `q` [m, k] gets codes, `stats` [m] the largest magnitudes. With a threshold, elements
-/// that reach it are left out, get code 0, and mark their column in `outliers`, which is cleared first.
+/// that reach it are left out, get code 0, and mark their column in `outliers`, which are none at first.
 ///
 /// # Safety
 /// The pointers must be device memory of the stream's device, of these sizes, until the stream has passed the launches.
@@ -64,11 +65,11 @@ pub unsafe fn quantize_rows(
     threshold: f32,
     q: Pointer,
     stats: Pointer,
-    outliers: Option<Pointer>,
+    outliers: Option<Columns>,
 ) -> Result<()> {
     if let Some(outliers) = outliers {
         // SAFETY: the caller's promise.
-        unsafe { clear(stream, outliers, k.div_ceil(32)) }?;
+        unsafe { clear(stream, outliers.bitmap, k.div_ceil(32) + usize::from(outliers.counted)) }?;
     }
     if m == 0 {
         return Ok(());
@@ -84,9 +85,9 @@ pub unsafe fn quantize_rows(
         (&ROWS_ANY[type_index], THREADS)
     };
     let launch = overlapping(stream, Launch::new((m as u32, 1), threads))?;
-    let marked = if threshold > 0.0 { outliers.unwrap_or(0) } else { 0 };
-    let mut arguments =
-        Arguments::default().u64(x).u32(k as u32).u32(threshold_word(threshold, dtype)).u64(q).u64(stats).u64(marked);
+    let (bitmap, count) = outliers.filter(|_| threshold > 0.0).map_or((0, 0), |o| (o.bitmap, o.count(k)));
+    let arguments = Arguments::default().u64(x).u32(k as u32).u32(threshold_word(threshold, dtype));
+    let mut arguments = arguments.u64(q).u64(stats).u64(bitmap).u64(count);
     // SAFETY: the arguments are those of the kernels in cuda/src/int8_rows.cu; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, launch, &mut arguments) }
 }

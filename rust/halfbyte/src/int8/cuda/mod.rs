@@ -9,15 +9,15 @@ pub use elementwise::{
     column_stats, dequantize_rows, mark_columns, mm_dequant, outlier_columns, quantize_columns, quantize_rows,
     zero_columns,
 };
-pub use product::{Floats, MOST_GATHERED, Product, Target, matmul};
+pub use product::{Columns, Floats, MOST_GATHERED, Product, Target, matmul};
 
 use crate::device::cuda::{Kernel, Pointer, Stream, device};
 use crate::element::Dtype;
 use crate::error::Result;
 
-/// Bytes of the bitmap of `k` columns.
-const fn bitmap_bytes(k: usize) -> usize {
-    k.div_ceil(32) * 4
+/// Bytes of the bitmap of `k` columns and of their number.
+const fn columns_bytes(k: usize) -> usize {
+    (k.div_ceil(32) + 1) * 4
 }
 
 const fn rounded(bytes: usize) -> usize {
@@ -34,9 +34,9 @@ pub fn needs_no_workspace(
     Ok(layer_stream::plan(device(ordinal)?, operands, shape, threshold).is_some())
 }
 
-/// Bytes of workspace that [`linear`] wants: quantized rows, their statistics, and a bitmap where there is a threshold.
+/// Bytes of workspace that [`linear`] wants: quantized rows, their statistics, and columns with outliers where there is a threshold.
 pub const fn linear_workspace((m, _, k): (usize, usize, usize), threshold: f32) -> usize {
-    rounded(m * k) + rounded(m * 4) + if threshold > 0.0 { bitmap_bytes(k) } else { 0 }
+    rounded(m * k) + rounded(m * 4) + if threshold > 0.0 { columns_bytes(k) } else { 0 }
 }
 
 /// A whole layer: rows of `x` [m, k] quantized, multiplied with `w` [n, k], columns with outliers in floating point, bias
@@ -65,10 +65,11 @@ pub unsafe fn linear(
     }
     let q = workspace;
     let row_stats = q + rounded(m * k) as u64;
-    let outliers = (threshold > 0.0).then_some(row_stats + rounded(m * 4) as u64);
+    let bitmap = row_stats + rounded(m * 4) as u64;
+    let outliers = (threshold > 0.0).then_some(Columns { bitmap, counted: true });
     // SAFETY: the caller's promise.
     unsafe { quantize_rows(stream, (x, dtype), (m, k), threshold, q, row_stats, outliers) }?;
-    let floats = outliers.map(|outliers| Floats { x, dtype, outliers, gathered: Some(MOST_GATHERED) });
+    let floats = outliers.map(|outliers| Floats { x, dtype, outliers });
     let product = Product { q, row_stats, w, column_stats, bias, floats };
     // SAFETY: as above.
     unsafe { matmul(stream, &product, (m, n, k), out, Target::Float(dtype)) }

@@ -12,11 +12,25 @@ pub struct Floats {
     pub x: Pointer,
     /// Its type.
     pub dtype: Dtype,
-    /// The bitmap of the columns.
-    pub outliers: Pointer,
-    /// Where more columns than these have outliers, x itself may be multiplied, in every column; `None` for never. On compute
-    /// capability 9.0 and for 16-bit types it is.
-    pub gathered: Option<u32>,
+    /// The columns. Where it is known how many there are and they are more than [`MOST_GATHERED`], x itself may be multiplied, in
+    /// every column: on compute capability 9.0 and for 16-bit types it is.
+    pub outliers: Columns,
+}
+
+/// A set of columns.
+#[derive(Debug, Clone, Copy)]
+pub struct Columns {
+    /// One bit each, in words of 32.
+    pub bitmap: Pointer,
+    /// Whether the word behind the bitmap holds how many there are.
+    pub counted: bool,
+}
+
+impl Columns {
+    /// Where the number of them is, of `k` columns in all; 0 if nowhere.
+    pub(super) const fn count(self, k: usize) -> Pointer {
+        if self.counted { self.bitmap + k.div_ceil(32) as u64 * 4 } else { 0 }
+    }
 }
 
 /// Outlier columns beyond which a product of x itself is faster than gathering them, as measured on an H200: 16 on wide weights
@@ -105,7 +119,8 @@ unsafe fn launch_mma(
     let large = usize::from(m > 32);
     let tile = if m > 32 { 128 } else { 32 };
     let launch = Launch::new((n.div_ceil(128) as u32, m.div_ceil(tile) as u32), THREADS);
-    let (x, x_type, outliers) = product.floats.map_or((0, 0, 0), |f| (f.x, dtype_index(f.dtype) as u32, f.outliers));
+    let (x, x_type, outliers) =
+        product.floats.map_or((0, 0, 0), |f| (f.x, dtype_index(f.dtype) as u32, f.outliers.bitmap));
     let arguments = Arguments::default().u64(product.q).u64(product.w).u32(m as u32).u32(n as u32).u32(k as u32);
     let arguments = arguments.u64(product.row_stats).u64(product.column_stats).u64(product.bias.unwrap_or(0)).u64(out);
     let mut arguments = arguments.u64(x).u32(x_type).u64(outliers);

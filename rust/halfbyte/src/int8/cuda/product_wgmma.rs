@@ -1,6 +1,6 @@
 //! Products of codes on compute capability 9.0: the kernel of cuda/src/int8_wgmma.cu.
 
-use super::product::{Product, Target};
+use super::product::{MOST_GATHERED, Product, Target};
 use crate::device::cuda::{
     Arguments, Around, Device, Kernel, Launch, MapElement, Pointer, Stream, byte_matrix, matrix,
 };
@@ -44,6 +44,8 @@ fn sizes(target: Target) -> &'static Sizes {
 /// Shared memory of a block: what there is, less static variables and what it takes to begin at a multiple of 1024.
 const SHARED: u32 = 227 * 1024 - 2048;
 const MOST_STAGES: u32 = 16;
+/// Most tokens of a tile that the blocks of a cluster can share.
+const MOST_SHARED: u32 = 64;
 /// Bytes of K in a stage.
 const STEP: usize = 128;
 /// Most weights of a tile.
@@ -85,19 +87,18 @@ pub(super) unsafe fn launch(
     let (tokens, kernel) = &sizes[plan.kernel];
     let w_map = byte_matrix(product.w, n, k, plan.rows)?;
     let q_map = byte_matrix(product.q, m, k, *tokens)?;
-    let (x, outliers) = product.floats.map_or((0, 0), |floats| (floats.x, floats.outliers));
+    let (x, bitmap, count) = product.floats.map_or((0, 0, 0), |f| (f.x, f.outliers.bitmap, f.outliers.count(k)));
     // x itself can be multiplied where a tensor map can describe it.
-    let most = product.floats.and_then(|floats| floats.gathered).filter(|_| x.is_multiple_of(16));
-    let x_map = match most {
-        Some(_) => matrix(x, MapElement::Half, (m, k), *tokens, Around::Bytes128)?,
-        None => q_map,
+    let count = if x.is_multiple_of(16) { count } else { 0 };
+    let x_map = match count {
+        0 => q_map,
+        _ => matrix(x, MapElement::Half, (m, k), *tokens, Around::Bytes128)?,
     };
     let arguments = Arguments::default().block(&w_map).block(&q_map).block(&x_map);
     let arguments = arguments.u64(product.row_stats).u64(product.column_stats);
-    let arguments =
-        arguments.u64(product.bias.unwrap_or(0)).u64(out).u64(x).u64(product.q).u64(product.w).u64(outliers);
-    let arguments = arguments.u32(m as u32).u32(n as u32).u32(k as u32);
-    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group).u32(most.unwrap_or(u32::MAX));
+    let arguments = arguments.u64(product.bias.unwrap_or(0)).u64(out).u64(x).u64(product.q).u64(product.w);
+    let arguments = arguments.u64(bitmap).u64(count).u32(m as u32).u32(n as u32).u32(k as u32);
+    let mut arguments = arguments.u32(plan.rows).u32(plan.stages).u32(plan.group).u32(MOST_GATHERED);
     // SAFETY: the arguments are those of `matmul_int8` in cuda/src/int8_wgmma.cu; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
 }
@@ -125,52 +126,69 @@ impl Plan {
         for kernel in [smallest.saturating_sub(1), smallest] {
             let tokens = sizes[kernel].0;
             let down = m.div_ceil(tokens as usize);
-            for waves in 1..=2 {
+            for (waves, ranks) in [(1, 1), (2, 1), (1, 2), (1, 4)] {
                 // Tiles of weights such that all of them together fill these waves.
-                let across = ((multiprocessors * waves) as usize / down).max(1);
+                let across = ((multiprocessors * waves / ranks) as usize / down).max(1);
                 let rows = n.div_ceil(across).next_multiple_of(8) as u32;
                 let rows = rows.clamp(fewest, MOST_ROWS);
-                let (cycles, plan) = Self::with((m, n, k), (kernel, tokens), rows, multiprocessors);
-                if best.is_none_or(|(least, _)| cycles < least) {
+                let plan = Self::with((m, n, k), (kernel, tokens), (rows, ranks), multiprocessors);
+                if let Some((cycles, plan)) = plan
+                    && best.is_none_or(|(least, _)| cycles < least)
+                {
                     best = Some((cycles, plan));
                 }
             }
         }
-        best.expect("there is at least one").1
+        best.expect("there is one without clusters").1
     }
 
-    /// A plan, and the cycles that it should take.
+    /// A plan with clusters of `ranks` blocks, and the cycles that it should take; none if there would be more tiles than
+    /// clusters, or too little to share.
     fn with(
         (m, n, k): (usize, usize, usize),
         (kernel, tokens): (usize, u32),
-        rows: u32,
+        (rows, ranks): (u32, u32),
         multiprocessors: u32,
-    ) -> (u64, Self) {
+    ) -> Option<(u64, Self)> {
         /// Bytes that a multiprocessor gets from the L2 in a cycle, as measured on an H200.
         const L2: u64 = 44;
+        /// Bytes that come from memory in a cycle.
+        const MEMORY: u64 = 2400;
         let groups = if rows > 64 { 2 } else { 1 };
         let tiles = n.div_ceil(rows as usize) * m.div_ceil(tokens as usize);
+        let steps = k.div_ceil(STEP);
+        // Few tokens and weights leave room for two blocks on a multiprocessor: the next launch's are there before this
+        // one ends.
+        let small = tokens <= 32 && rows as usize * k <= FEW_WEIGHTS * ranks as usize;
+        // A cluster's blocks lie close to each other, so that not everywhere is room for four.
+        let room = if ranks > 2 && !small { multiprocessors / 2 } else { multiprocessors };
+        let many = m > tokens as usize || tokens > MOST_SHARED || tiles * ranks as usize > room as usize;
+        if ranks > 1 && (many || steps < 4 * ranks as usize) {
+            return None;
+        }
         let waves = tiles.div_ceil(multiprocessors as usize) as u64;
-        let steps = k.div_ceil(STEP) as u64;
+        let steps = steps.div_ceil(ranks as usize) as u64;
         let multiply = u64::from(groups * tokens * 2);
         let copy = u64::from(rows + tokens) * STEP as u64 / L2;
         let finish = 800 + u64::from(tokens) * 6;
-        let behind = 128 * 32 + tokens * 32 + 2 * tokens.min(64) * 128 + 2 * tokens * 4 + 512 * 4;
+        let finish = if ranks > 1 { finish + 800 + u64::from(tokens * (ranks - 1)) * 8 } else { finish };
+        let parts = if ranks > 1 { groups * tokens * 256 } else { 0 };
+        let behind = 128 * 32 + tokens * 32 + 2 * tokens.min(64) * 128 + 2 * tokens * 4 + 512 * 4 + parts;
         let stage = (rows + tokens) * STEP as u32;
-        // Few tokens and weights leave room for two blocks on a multiprocessor: the next launch's are there before this
-        // one ends.
-        let small = tokens <= 32 && rows as usize * k <= FEW_WEIGHTS;
         let room = if small { SHARED / 2 - 1024 } else { SHARED };
         let stages = ((room - behind) / stage).min(MOST_STAGES);
         let launch = Launch {
-            grid: (tiles.min(multiprocessors as usize) as u32, 1),
+            grid: (tiles.min(multiprocessors as usize) as u32 * ranks, 1),
             threads: (groups + 1) * 128,
             shared: stages * stage + behind + 1024,
-            cluster: 1,
+            cluster: ranks,
             programmatic: true,
         };
         let plan = Self { launch, kernel, rows, stages, group: (2048 / tokens).max(1) };
-        (waves * (steps * multiply.max(copy) + finish), plan)
+        let work = waves * steps * multiply.max(copy);
+        // What a block copies does not bound a cluster's: memory does.
+        let work = if ranks > 1 { work.max(n as u64 * k as u64 / MEMORY) } else { work };
+        Some((work + waves * finish, plan))
     }
 }
 
@@ -207,6 +225,10 @@ mod tests {
                             "{m} {n} {k}: {plan:?}"
                         );
                         assert!(grid.0 <= 132 && grid.0 > 0 && plan.kernel < sizes.len(), "{m} {n} {k}: {plan:?}");
+                        let tiles = n.div_ceil(plan.rows as usize) * m.div_ceil(tokens as usize);
+                        let ranks = plan.launch.cluster;
+                        assert!(ranks == 1 || tiles as u32 * ranks == grid.0, "{m} {n} {k}: {plan:?}");
+                        assert!(k.div_ceil(STEP) >= ranks as usize, "{m} {n} {k}: {plan:?}");
                     }
                 }
             }
