@@ -85,6 +85,7 @@ DEVICE float load_float(const float* from) {
 DEVICE void store_four(u8* to, u32 x, u32 y, u32 z, u32 w) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
+DEVICE void store_float(float* to, float v) { asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory"); }
 DEVICE void store_two(u8* to, uint2 v) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory"); }
 
 // The eight elements of a parameter that a lane has: of block `number`.
