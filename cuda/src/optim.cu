@@ -170,17 +170,13 @@ struct Part {
     }
 };
 
-// One block of a parameter.
-struct Work {
+// What whole blocks with 8-bit states need, and what they go through.
+struct Steps {
     const Slot& slot;
     const Request& request;
     const float factor;
     const Maps maps;
     const u32 ring;  // that of this warp
-
-    float p[8], g[8];
-    uint2 codes[STATES];
-    float scales[STATES], states[STATES][8], updates[8];
 
     // The numbers for whole blocks with 8-bit states.
     DEVICE Scalars numbers() const {
@@ -191,13 +187,13 @@ struct Work {
         return k;
     }
 
-    // A whole block with 8-bit states, parameter and gradient of one type, which is known. False, and nothing written, if it is
+    // A whole block with 8-bit states, parameter and gradient of one type. False, and nothing written, if it is
     // not one that a Part does.
-    template <u32 TYPE> DEVICE bool quick(const Spot& spot) const {
+    DEVICE bool quick(u32 type, const Spot& spot) const {
         Raw parameter, gradient;
         Part part;
-        parameter.load(slot.at.p, TYPE, spot);
-        gradient.load(slot.grad, TYPE, spot);
+        parameter.load(slot.at.p, type, spot);
+        gradient.load(slot.grad, type, spot);
         const u64 at = spot.offset(1);
 #pragma unroll
         for (u32 s = 0; s < STATES; ++s) {
@@ -206,12 +202,12 @@ struct Work {
         }
         const Scalars k = numbers();
         float p[8], g[8];
-        parameter.get(TYPE, p);
-        gradient.get(TYPE, g);
+        parameter.get(type, p);
+        gradient.get(type, g);
         if (!part.advance(maps, k, factor, p, g)) return false;
         part.move(k, p);
-        parameter.put(TYPE, p);
-        parameter.store(slot.at.p, TYPE, spot);
+        parameter.put(type, p);
+        parameter.store(slot.at.p, type, spot);
 #pragma unroll
         for (u32 s = 0; s < STATES; ++s) part.store(maps, s, slot.at.states[s] + at, slot.at.absmax[s] + spot.number, spot.lane == 0);
         return true;
@@ -290,6 +286,19 @@ struct Work {
         return number;
     }
 #endif
+
+};
+
+// Any block of a parameter.
+struct Work {
+    const Slot& slot;
+    const Request& request;
+    const float factor;
+
+    float p[8], g[8], states[STATES][8], updates[8];
+
+    // Nothing is known of what is in it.
+    DEVICE explicit Work(const Steps& steps) : slot(steps.slot), request(steps.request), factor(steps.factor) {}
 
     // New states and updates; what is to be left as it is gets an update of NaN.
     DEVICE void update() {
@@ -372,7 +381,7 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
     __syncwarp();
     const Maps maps{shared_address(rows), lane % COPIES * 4, shared.first.place(), BOTH ? shared.last.place() : 0};
     const u32 ring = shared_address(memory) + RINGS_AT + threadIdx.x / WARP * (DEPTH * PLACE_BYTES);
-    Work work{slot, request, request.factors.all(), maps, ring};
+    Steps steps{slot, request, request.factors.all(), maps, ring};
     Place place;
     for (u32 block = u32(request.from) + blockIdx.x * together + threadIdx.x / WARP; block < u32(request.to); block += warps) {
         if (place.seek(request.group, block, lane)) {
@@ -403,21 +412,26 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         if (!EXTRAS && !SUMS && whole && eight && !request.skip_zeros && slot.at.type() == slot.at.grad_type()) {
             const u32 type = slot.at.type();
 #ifdef RINGS
-            if (type != F32_TYPE && work.copyable()) {
+            if (type != F32_TYPE && steps.copyable()) {
                 const u32 end = min(u32(slot.at.n / BLOCK), u32(request.to) - place.first);
-                const u32 left = type == BF16_TYPE ? work.template run<BF16_TYPE>(number, warps, end, lane)
-                                                   : work.template run<F16_TYPE>(number, warps, end, lane);
+                const u32 left = type == BF16_TYPE ? steps.template run<BF16_TYPE>(number, warps, end, lane)
+                                                   : steps.template run<F16_TYPE>(number, warps, end, lane);
                 if (left != number) {
                     block = place.first + left - warps;  // the loop goes on from there
                     continue;
                 }
             }
 #endif
-            const bool done = type == BF16_TYPE  ? work.template quick<BF16_TYPE>(spot)
-                              : type == F16_TYPE ? work.template quick<F16_TYPE>(spot)
-                                                 : work.template quick<F32_TYPE>(spot);
+#ifdef RINGS
+            const bool done = steps.quick(type, spot);  // here it is for what has no ring: one form is enough
+#else
+            const bool done = type == BF16_TYPE  ? steps.quick(BF16_TYPE, spot)
+                              : type == F16_TYPE ? steps.quick(F16_TYPE, spot)
+                                                 : steps.quick(F32_TYPE, spot);
+#endif
             if (done) continue;
         }
+        Work work(steps);
         Raw p, g;
         p.load(master ? slot.at.extra : slot.at.p, master ? u32(F32_TYPE) : slot.at.type(), spot);
         g.load(slot.grad, slot.at.grad_type(), spot);
@@ -430,38 +444,35 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
                 raw.get(F32_TYPE, work.states[s]);
                 continue;
             }
-            work.scales[s] = load_float(slot.at.absmax[s] + number);
+            const float stored = load_float(slot.at.absmax[s] + number);
+            uint2 codes;
             if (whole) {
-                work.codes[s] = load_two(from + spot.offset(1));
+                codes = load_two(from + spot.offset(1));
             } else {
-                const u64 first = spot.first(), n = spot.n;
+                const u8* at = from + spot.offset(1);
+                const u32 count = spot.count();
                 u32 words[2] = {};
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i) {
                     const u32 zero = s < RULE::SIGNED ? 127 : 0;
-                    words[i / 4] |= (first + i < n ? u32(from[first + i]) : zero) << (i % 4 * 8);
+                    words[i / 4] |= (i < count ? u32(at[i]) : zero) << (i % 4 * 8);
                 }
-                work.codes[s] = make_uint2(words[0], words[1]);
+                codes = make_uint2(words[0], words[1]);
             }
+            // A scale that is none of ours: the block begins anew.
+            const float scale = fabsf(stored) < LIMIT ? stored : 0.f;
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) work.states[s][i] = maps.decode(s, codes, i) * scale;
         }
         p.get(master ? u32(F32_TYPE) : slot.at.type(), work.p);
         g.get(slot.at.grad_type(), work.g);
-        if (eight) {
-#pragma unroll
-            for (u32 s = 0; s < STATES; ++s) {
-                // A scale that is none of ours: the block begins anew.
-                const float scale = fabsf(work.scales[s]) < LIMIT ? work.scales[s] : 0.f;
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i) work.states[s][i] = maps.decode(s, work.codes[s], i) * scale;
-            }
-        }
         if (SUMS) {
             work.update();
             float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) {  // past the end all is zero
                 sum.x += work.p[i] * work.p[i];
-                if (spot.first() + i < spot.n && !work.is_left(work.updates[i])) sum.y += work.updates[i] * work.updates[i];
+                if (i < spot.count() && !work.is_left(work.updates[i])) sum.y += work.updates[i] * work.updates[i];
             }
             sum = make_float2(warp_sum(sum.x), warp_sum(sum.y));
             if (lane == 0) sums[block] = sum;
@@ -469,13 +480,6 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         }
         work.update();
         if (!EXTRAS) work.move();
-        if (eight) {
-#pragma unroll
-            for (u32 s = 0; s < STATES; ++s) {
-                work.scales[s] = as_float(largest(s, work.states[s]));
-                work.codes[s] = maps.encode<false>(s, work.states[s], work.scales[s]);
-            }
-        }
 #pragma unroll
         for (u32 s = 0; s < STATES; ++s) {
             u8* to = slot.at.states[s];
@@ -485,14 +489,17 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
                 raw.store(to, F32_TYPE, spot);
                 continue;
             }
-            if (lane == 0) slot.at.absmax[s][number] = work.scales[s];
+            const float scale = as_float(largest(s, work.states[s]));
+            const uint2 codes = maps.encode<false>(s, work.states[s], scale);
+            if (lane == 0) slot.at.absmax[s][number] = scale;
             if (whole) {
-                store_two(to + spot.offset(1), work.codes[s]);
+                store_two(to + spot.offset(1), codes);
             } else {
-                const u64 first = spot.first(), n = spot.n;
+                u8* at = to + spot.offset(1);
+                const u32 count = spot.count();
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i)
-                    if (first + i < n) to[first + i] = u8((i < 4 ? work.codes[s].x : work.codes[s].y) >> (i % 4 * 8));
+                    if (i < count) at[i] = u8((i < 4 ? codes.x : codes.y) >> (i % 4 * 8));
             }
         }
         if (EXTRAS) work.move_with_extras(slot.at.type(), spot);

@@ -276,11 +276,13 @@ fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, coded: boo
     let tables = SLOT * warps + signed + (maps - 1) * unsigned;
     let row = if hopper { 256 } else { 8 * 4 * maps };
     let threads = if extras { EXTRAS_THREADS } else { 32 * warps };
-    // More threads than these ask for 32-bit states faster than the memory likes.
-    let threads = if coded { threads } else { threads.min(512) };
     let places = warps * depth * (1024 + states * 256);
-    let shared = if coded { tables.next_multiple_of(128) + 256 * row + places } else { SLOT * warps };
-    kernel.filling(stream.device, blocks.div_ceil(u64::from(threads / 32)), threads, shared)
+    let shared = tables.next_multiple_of(128) + 256 * row + places;
+    // More warps than these ask for 32-bit states faster than the memory likes. How many blocks there are at once is asked for with
+    // what 8-bit states take, so that it is the same for both: one on a multiprocessor, as registers have it.
+    let used = if coded || !hopper { threads } else { threads.min(512) };
+    let launch = kernel.filling(stream.device, blocks.div_ceil(u64::from(used / 32)), threads, shared)?;
+    Ok(Launch { threads: used, shared: if coded { shared } else { SLOT * warps }, ..launch })
 }
 
 /// # Safety
