@@ -85,6 +85,7 @@ DEVICE float load_float(const float* from) {
 DEVICE void store_four(u8* to, u32 x, u32 y, u32 z, u32 w) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
+DEVICE void store_float(float* to, float v) { asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory"); }
 DEVICE void store_two(u8* to, uint2 v) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory"); }
 
 // The eight elements of a parameter that a lane has: of block `number`.
@@ -93,6 +94,8 @@ struct Spot {
     bool whole;  // the whole block is there, and lies so that it can be had by 16 bytes
     u64 n;       // elements of the parameter
     DEVICE u64 first() const { return u64(number) * BLOCK + lane * 8; }
+    // How many of the eight there are.
+    DEVICE u32 count() const { return u32(first() < n ? min(n - first(), 8ull) : 0); }
     DEVICE u64 offset(u32 size) const { return u64(number) * (BLOCK * size) + lane * (8 * size); }
 };
 
@@ -104,17 +107,19 @@ struct Raw {
         if (spot.whole) {
             const u8* at = from + spot.offset(type == F32_TYPE ? 4 : 2);
             set(0, load_four(at));
-            if (type == F32_TYPE) set(4, load_four(at + 16));
+            // Zeros, for otherwise compilers keep whatever was there before.
+            set(4, type == F32_TYPE ? load_four(at + 16) : make_uint4(0, 0, 0, 0));
             return;
         }
-        const u64 first = spot.first(), n = spot.n;
+        const u32 count = spot.count();
+        const u8* at = from + spot.offset(type == F32_TYPE ? 4 : 2);
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) words[i] = 0;
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) {
-            if (first + i >= n) continue;
-            if (type == F32_TYPE) words[i] = reinterpret_cast<const u32*>(from)[first + i];
-            else words[i / 2] |= u32(reinterpret_cast<const u16*>(from)[first + i]) << (i % 2 * 16);
+            if (i >= count) continue;
+            if (type == F32_TYPE) words[i] = reinterpret_cast<const u32*>(at)[i];
+            else words[i / 2] |= u32(reinterpret_cast<const u16*>(at)[i]) << (i % 2 * 16);
         }
     }
     DEVICE void store(u8* to, u32 type, Spot spot) const {
@@ -124,12 +129,13 @@ struct Raw {
             if (type == F32_TYPE) store_four(at + 16, words[4], words[5], words[6], words[7]);
             return;
         }
-        const u64 first = spot.first(), n = spot.n;
+        const u32 count = spot.count();
+        u8* at = to + spot.offset(type == F32_TYPE ? 4 : 2);
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) {
-            if (first + i >= n) continue;
-            if (type == F32_TYPE) reinterpret_cast<u32*>(to)[first + i] = words[i];
-            else reinterpret_cast<u16*>(to)[first + i] = u16(words[i / 2] >> (i % 2 * 16));
+            if (i >= count) continue;
+            if (type == F32_TYPE) reinterpret_cast<u32*>(at)[i] = words[i];
+            else reinterpret_cast<u16*>(at)[i] = u16(words[i / 2] >> (i % 2 * 16));
         }
     }
     DEVICE void get(u32 type, float (&v)[8]) const {

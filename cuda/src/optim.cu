@@ -9,38 +9,29 @@
 // Blocks of all parameters are numbered together; warps stride over them, so that neighbours work on neighbours.
 // Bytes moved an element: parameter twice, gradient, states twice, 8/256 for each 8-bit state.
 // From sm_75 on. GPUs before Hopper run that image too: each of their multiprocessors has less to keep up with.
+#include "async_copy.cuh"
 #include "optim_rules.cuh"
 #include "search_table.cuh"
+#include "shared.cuh"
 
-// As rust/halfbyte/src/optim/cuda.rs has it. Registers for rules with three states, and for the extras, cost warps.
-constexpr u32 THREADS = RULE::STATES > 2 ? 640 : 768, EXTRAS_THREADS = 512;
 constexpr u32 STATES = RULE::STATES;
 constexpr bool BOTH = RULE::SIGNED < STATES;  // maps
+
+// As rust/halfbyte/src/optim/cuda.rs has it: registers for rules with three states, and for the extras, cost warps.
 #if __CUDA_ARCH__ >= 900
+constexpr u32 WARPS = STATES > 2 ? 16 : 24;
+constexpr u32 DEPTH = STATES == 2 ? 3 : 4;
 constexpr u32 COPIES = 32;
+#define RINGS
 #else
+constexpr u32 WARPS = STATES > 2 ? 20 : 24;
+constexpr u32 DEPTH = 0;
 constexpr u32 COPIES = 8;
 #endif
+constexpr u32 THREADS = WARPS * 32, EXTRAS_THREADS = 512;
 
 using SignedTable = SearchTable<6, true>;
 using UnsignedTable = SearchTable<7, false>;
-
-template <class Table, bool SIGNED> struct Map {
-    Table search;
-    float values[256 * COPIES];
-    DEVICE void fill() {
-        // The place of the copies holds the map itself, and what the table is made from, until they are made.
-        Midpoints& midpoints = *reinterpret_cast<Midpoints*>(values + 256);
-        static_assert(sizeof(Midpoints) + 1024 <= sizeof(values), "room for both");
-        const u32 mine = threadIdx.x % 256;
-        const float value = dynamic_value(mine, SIGNED);
-        values[mine] = value;
-        __syncthreads();
-        search.fill(values, midpoints);
-        for (u32 c = threadIdx.x / 256; c < COPIES; c += blockDim.x / 256) values[mine * COPIES + (c + mine) % COPIES] = value;
-        __syncthreads();
-    }
-};
 
 // What a warp works on, of a parameter: read once for all its blocks that come one after the other.
 struct Slot {
@@ -51,17 +42,40 @@ struct Slot {
     u32 reserved;
 };
 struct Shared {
-    Slot slots[THREADS / 32];
-    Map<SignedTable, true> first;
-    Map<UnsignedTable, false> last;  // where there is a rule's need for it
+    Slot slots[WARPS];
+    SignedTable first;
+    UnsignedTable last;  // where there is a rule's need for it
 };
+// Behind it are copies of the maps, those of an entry of either in one row: rows of 256 bytes make an address of a code by one
+// instruction. Then each warp has a ring of DEPTH places for blocks of 16-bit parameters that it has asked for: parameter, gradient,
+// codes. Copies are by 16 bytes, which is what both the places and the offsets in them are multiples of.
+constexpr u32 round_up(u32 bytes) { return (bytes + 127) / 128 * 128; }
+constexpr u32 ROWS_AT = round_up(BOTH ? sizeof(Shared) : sizeof(Shared) - sizeof(UnsignedTable));
+constexpr u32 ROW_BYTES = COPIES == 32 ? 256 : COPIES * 4 * (1 + BOTH);
+constexpr u32 RINGS_AT = ROWS_AT + 256 * ROW_BYTES;
+constexpr u32 PLACE_BYTES = 1024 + STATES * 256;
+constexpr u32 SHARED_BYTES = RINGS_AT + WARPS * DEPTH * PLACE_BYTES;
+static_assert(sizeof(Slot) == 176 && PLACE_BYTES % 16 == 0 && SHARED_BYTES <= 232448, "as the host has it");
 
-// The value of byte `i` of two words; `place` is the shared address of a lane's copy of the map.
-DEVICE float decode(u32 place, uint2 codes, u32 i) {
-    const u32 code = __byte_perm(i < 4 ? codes.x : codes.y, 0, 0x4440 + i % 4);
-    float v;
-    asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(place + code * (COPIES * 4)));
-    return v;
+// What makes tables and the copies of maps. The place of the copies holds a map itself, and what its table is made from, before.
+DEVICE void fill(Shared& shared, u8* rows) {
+    float* const map = reinterpret_cast<float*>(rows);
+    Midpoints& midpoints = *reinterpret_cast<Midpoints*>(rows + 1024);
+    static_assert(sizeof(Midpoints) + 1024 <= 256 * ROW_BYTES, "room for both");
+    const u32 mine = threadIdx.x % 256;
+    float values[1 + BOTH];
+#pragma unroll
+    for (u32 m = 0; m < 1 + BOTH; ++m) {
+        map[mine] = values[m] = dynamic_value(mine, m == 0);
+        __syncthreads();
+        if (m == 0) shared.first.fill(map, midpoints);
+        else shared.last.fill(map, midpoints);
+    }
+#pragma unroll
+    for (u32 m = 0; m < 1 + BOTH; ++m)
+        for (u32 c = threadIdx.x / 256; c < COPIES; c += blockDim.x / 256)
+            reinterpret_cast<float*>(rows + mine * ROW_BYTES)[m * COPIES + (c + mine) % COPIES] = values[m];
+    __syncthreads();
 }
 
 DEVICE u32 warp_max(u32 m) {
@@ -87,96 +101,204 @@ struct Request {
     u32 skip_zeros, by_chance;
 };
 
-// One block of a parameter.
-struct Work {
-    const Slot& slot;
-    const Request& request;
-    const float factor;
-    // Shared addresses of the maps: values, and tables of codes.
-    const u32 first_values, last_values, first_codes, last_codes;
+// Tables and maps, as a lane finds them.
+struct Maps {
+    u32 rows, copy;  // shared address, and place in a row, in bytes
+    u32 first, last;  // tables
+    // The value of byte `i` of two words, without a scale.
+    DEVICE float decode(u32 s, uint2 codes, u32 i) const {
+        const u32 word = i < 4 ? codes.x : codes.y, map = s < RULE::SIGNED ? 0 : COPIES * 4;
+        if (ROW_BYTES == 256) return as_float(look_up(rows + __byte_perm(word, copy, 0x5504 + i % 4 * 16) + map));
+        return as_float(look_up(rows + copy + __byte_perm(word, 0, 0x4440 + i % 4) * ROW_BYTES + map));
+    }
+    // Codes of states of a block whose largest magnitude is `scale`. QUICK: for scales whose inverse has a scaled form that is exact.
+    template <bool QUICK> DEVICE uint2 encode(u32 s, const float (&states)[8], float scale) const {
+        const float inverse = inverse_of(scale), scaled = inverse * 0x1p-100f;
+        u32 c[8];
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+            const float v = s < RULE::SIGNED ? states[i] : fabsf(states[i]);
+            const float x = QUICK ? v * scaled : v * inverse * 0x1p-100f;
+            c[i] = s < RULE::SIGNED ? SignedTable::encode_at(first, x) : UnsignedTable::encode_at(last, x);
+        }
+        return make_uint2(top_bytes(c[0], c[1], c[2], c[3]), top_bytes(c[4], c[5], c[6], c[7]));
+    }
+};
 
-    float p[8], g[8];
+// The largest magnitude in the block, as bits: above those of any number if there is a NaN.
+DEVICE u32 largest(u32 s, const float (&states)[8]) {
+    u32 m = 0;
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) m = max(m, s < RULE::SIGNED ? magnitude(states[i]) : as_bits(states[i]));
+    return warp_max(m);
+}
+
+// A lane's part of a whole block with 8-bit states, parameter and gradient of one type: of what nearly all of the time goes to.
+struct Part {
     uint2 codes[STATES];
     float scales[STATES], states[STATES][8], updates[8];
-    u32 most[STATES];
 
-    // Without scales.
-    DEVICE float decoded(u32 s, u32 i) const { return decode(s < RULE::SIGNED ? first_values : last_values, codes[s], i); }
-
-    // The largest magnitudes in the block.
-    DEVICE void measure() {
-#pragma unroll
-        for (u32 s = 0; s < STATES; ++s) {
-            u32 m = 0;
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) m = max(m, s < RULE::SIGNED ? magnitude(states[s][i]) : as_bits(states[s][i]));
-            most[s] = warp_max(m);
-        }
-    }
-
-    // QUICK: for scales whose inverse has a scaled form that is exact.
-    template <bool QUICK> DEVICE void encode() {
-#pragma unroll
-        for (u32 s = 0; s < STATES; ++s) {
-            const float scale = as_float(most[s]), inverse = inverse_of(scale);
-            const float scaled = inverse * 0x1p-100f;
-            u32 c[8];
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) {
-                const float v = s < RULE::SIGNED ? states[s][i] : fabsf(states[s][i]);
-                const float x = QUICK ? v * scaled : v * inverse * 0x1p-100f;
-                c[i] = s < RULE::SIGNED ? SignedTable::encode_at(first_codes, x) : UnsignedTable::encode_at(last_codes, x);
-            }
-            codes[s] = make_uint2(top_bytes(c[0], c[1], c[2], c[3]), top_bytes(c[4], c[5], c[6], c[7]));
-            scales[s] = scale;
-        }
-    }
-
-    // A whole block with 8-bit states, parameter and gradient of one type, which is known: what nearly all of the time goes to. False,
-    // and nothing written, if an element is to be left as it is or a scale is out of the ordinary.
-    template <u32 TYPE> DEVICE bool quick(const Spot& spot) {
-        Raw parameter, gradient;
-        parameter.load(slot.at.p, TYPE, spot);
-        gradient.load(slot.grad, TYPE, spot);
-        const u64 at = spot.offset(1);
-#pragma unroll
-        for (u32 s = 0; s < STATES; ++s) {
-            codes[s] = load_two(slot.at.states[s] + at);
-            scales[s] = load_float(slot.at.absmax[s] + spot.number);
-        }
-        Scalars k = slot.k;
-#ifdef LIMITED
-        k.rate *= slot.trust, k.rate2 *= slot.trust;
-#endif
-        parameter.get(TYPE, p);
-        gradient.get(TYPE, g);
+    // New states, their scales, updates. False if an element is to be left as it is or a scale is out of the ordinary.
+    DEVICE bool advance(const Maps& maps, Scalars k, float factor, const float (&p)[8], const float (&g)[8]) {
         RULE::fold(k, scales);
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) {
             float s[STATES];
 #pragma unroll
-            for (u32 j = 0; j < STATES; ++j) s[j] = decoded(j, i);
+            for (u32 j = 0; j < STATES; ++j) s[j] = maps.decode(j, codes[j], i);
             updates[i] = RULE::update(s, __fmaf_rn(k.l2, p[i], g[i] * factor), k);
 #pragma unroll
             for (u32 j = 0; j < STATES; ++j) states[j][i] = s[j];
         }
-        measure();
-        u32 all = most[0];
-#pragma unroll
-        for (u32 s = 1; s < STATES; ++s) all = max(all, most[s]);
-        if (all >= as_bits(0x1p20f)) return false;
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) p[i] -= __fmaf_rn(k.shrink, p[i], updates[i]);
-        parameter.put(TYPE, p);
-        parameter.store(slot.at.p, TYPE, spot);
-        encode<true>();
+        u32 all = 0;
 #pragma unroll
         for (u32 s = 0; s < STATES; ++s) {
-            store_two(slot.at.states[s] + at, codes[s]);
-            if (spot.lane == 0) slot.at.absmax[s][spot.number] = scales[s];
+            const u32 m = largest(s, states[s]);
+            scales[s] = as_float(m);
+            all = max(all, m);
         }
+        return all < as_bits(0x1p20f);
+    }
+    DEVICE void move(const Scalars& k, float (&p)[8]) const {
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) p[i] -= __fmaf_rn(k.shrink, p[i], updates[i]);
+    }
+    // The state is written where it was read.
+    DEVICE void store(const Maps& maps, u32 s, u8* to, float* scale, bool is_first) const {
+        store_two(to, maps.encode<true>(s, states[s], scales[s]));
+        if (is_first) store_float(scale, scales[s]);
+    }
+};
+
+// What whole blocks with 8-bit states need, and what they go through.
+struct Steps {
+    const Slot& slot;
+    const Request& request;
+    const float factor;
+    const Maps maps;
+    const u32 ring;  // that of this warp
+
+    // The numbers for whole blocks with 8-bit states.
+    DEVICE Scalars numbers() const {
+        Scalars k = slot.k;
+#ifdef LIMITED
+        k.rate *= slot.trust, k.rate2 *= slot.trust;
+#endif
+        return k;
+    }
+
+    // A whole block with 8-bit states, parameter and gradient of one type. False, and nothing written, if it is
+    // not one that a Part does.
+    DEVICE bool quick(u32 type, const Spot& spot) const {
+        Raw parameter, gradient;
+        Part part;
+        parameter.load(slot.at.p, type, spot);
+        gradient.load(slot.grad, type, spot);
+        const u64 at = spot.offset(1);
+#pragma unroll
+        for (u32 s = 0; s < STATES; ++s) {
+            part.codes[s] = load_two(slot.at.states[s] + at);
+            part.scales[s] = load_float(slot.at.absmax[s] + spot.number);
+        }
+        const Scalars k = numbers();
+        float p[8], g[8];
+        parameter.get(type, p);
+        gradient.get(type, g);
+        if (!part.advance(maps, k, factor, p, g)) return false;
+        part.move(k, p);
+        parameter.put(type, p);
+        parameter.store(slot.at.p, type, spot);
+#pragma unroll
+        for (u32 s = 0; s < STATES; ++s) part.store(maps, s, slot.at.states[s] + at, slot.at.absmax[s] + spot.number, spot.lane == 0);
         return true;
     }
+
+#ifdef RINGS
+    // Whether states can be had by 16 bytes.
+    DEVICE bool copyable() const {
+        u64 all = 0;
+#pragma unroll
+        for (u32 s = 0; s < STATES; ++s) all |= u64(slot.at.states[s]);
+        return all % 16 == 0;
+    }
+
+    // The same for every `stride`-th block from `number` up to `end`, of 16-bit types. DEPTH blocks are under way while one is worked
+    // on. Returns the first block that is not done: one past the end, or one that a Part does not do.
+    template <u32 TYPE> DEVICE u32 run(u32 number, const u32 stride, const u32 end, const u32 lane) const {
+        constexpr u32 PAIRS = (STATES + 1) / 2;  // of states, each copied by half of a warp
+        const Scalars k = numbers();
+        u8* const parameter_at = slot.at.p + lane * 16;
+        const u8* const gradient_at = slot.grad + lane * 16;
+        const u8* pairs_at[PAIRS];
+#pragma unroll
+        for (u32 j = 0; j < PAIRS; ++j) pairs_at[j] = slot.at.states[min(2 * j + lane / 16, STATES - 1)] + lane % 16 * 16;
+        u8* states_at[STATES];
+        float* scales_at[STATES];
+#pragma unroll
+        for (u32 s = 0; s < STATES; ++s) states_at[s] = slot.at.states[s] + lane * 8, scales_at[s] = slot.at.absmax[s];
+        const u32 wide = ring + lane * 16, narrow = ring + 1024 + lane * 8;
+        auto ask = [&](u32 place, u32 block) {
+            if (block < end) {
+                copy16(wide + place, parameter_at + u64(block) * 512);
+                copy16(wide + place + 512, gradient_at + u64(block) * 512);
+#pragma unroll
+                for (u32 j = 0; j < PAIRS; ++j)
+                    if (2 * j + 1 < STATES || lane < 16) copy16(wide + place + 1024 + j * 512, pairs_at[j] + u64(block) * 256);
+            }
+            commit();
+        };
+        float next[STATES];
+        auto ask_scales = [&](u32 block) {
+#pragma unroll
+            for (u32 s = 0; s < STATES; ++s) next[s] = block < end ? load_float(scales_at[s] + block) : 0.f;
+        };
+        u32 ahead = number;  // fewer than 2^31 blocks in all, so that this does not overflow
+#pragma unroll
+        for (u32 d = 0; d < DEPTH; ++d, ahead += stride) ask(d * PLACE_BYTES, ahead);
+        ask_scales(number);
+        u32 place = 0;
+        for (; number < end; number += stride, ahead += stride) {
+            wait_for_copies<DEPTH - 1>();
+            __syncwarp();  // what other lanes have copied
+            Raw parameter, gradient;
+            Part part;
+            const uint4 a = load_uint4(wide + place), b = load_uint4(wide + place + 512);
+            parameter.words[0] = a.x, parameter.words[1] = a.y, parameter.words[2] = a.z, parameter.words[3] = a.w;
+            gradient.words[0] = b.x, gradient.words[1] = b.y, gradient.words[2] = b.z, gradient.words[3] = b.w;
+#pragma unroll
+            for (u32 s = 0; s < STATES; ++s) part.codes[s] = load_uint2(narrow + place + s * 256), part.scales[s] = next[s];
+            __syncwarp();  // before others copy to where this lane has read
+            ask(place, ahead);
+            ask_scales(number + stride);
+            place = place == (DEPTH - 1) * PLACE_BYTES ? 0 : place + PLACE_BYTES;
+            float p[8], g[8];
+            parameter.get(TYPE, p);
+            gradient.get(TYPE, g);
+            if (!part.advance(maps, k, factor, p, g)) break;
+            part.move(k, p);
+            parameter.put(TYPE, p);
+            store_four(parameter_at + u64(number) * 512, parameter.words[0], parameter.words[1], parameter.words[2], parameter.words[3]);
+#pragma unroll
+            for (u32 s = 0; s < STATES; ++s) part.store(maps, s, states_at[s] + u64(number) * 256, scales_at[s] + number, lane == 0);
+        }
+        wait_for_copies<0>();
+        __syncwarp();
+        return number;
+    }
+#endif
+
+};
+
+// Any block of a parameter.
+struct Work {
+    const Slot& slot;
+    const Request& request;
+    const float factor;
+
+    float p[8], g[8], states[STATES][8], updates[8];
+
+    // Nothing is known of what is in it.
+    DEVICE explicit Work(const Steps& steps) : slot(steps.slot), request(steps.request), factor(steps.factor) {}
 
     // New states and updates; what is to be left as it is gets an update of NaN.
     DEVICE void update() {
@@ -250,16 +372,16 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
     extern __shared__ __align__(128) u8 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (request.factors.is_off()) return;
-    shared.first.fill();
-    if (BOTH) shared.last.fill();
+    u8* const rows = memory + ROWS_AT;
+    if (request.group.reserved == 0) fill(shared, rows);  // there are 8-bit states, and room for their maps
     const u32 lane = threadIdx.x % WARP;
     const u32 together = blockDim.x / WARP, warps = gridDim.x * together;
     Slot& slot = shared.slots[threadIdx.x / WARP];
     if (lane == 0) slot.k = request.scalars, slot.trust = 1.f;
     __syncwarp();
-    auto copy_of = [&](const float* values) { return shared_address(values) + lane % COPIES * 4; };
-    Work work{slot, request, request.factors.all(), copy_of(shared.first.values), BOTH ? copy_of(shared.last.values) : 0,
-              shared.first.search.place(), BOTH ? shared.last.search.place() : 0};
+    const Maps maps{shared_address(rows), lane % COPIES * 4, shared.first.place(), BOTH ? shared.last.place() : 0};
+    const u32 ring = shared_address(memory) + RINGS_AT + threadIdx.x / WARP * (DEPTH * PLACE_BYTES);
+    Steps steps{slot, request, request.factors.all(), maps, ring};
     Place place;
     for (u32 block = u32(request.from) + blockIdx.x * together + threadIdx.x / WARP; block < u32(request.to); block += warps) {
         if (place.seek(request.group, block, lane)) {
@@ -289,11 +411,27 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         const bool master = (EXTRAS || SUMS) && slot.at.master();
         if (!EXTRAS && !SUMS && whole && eight && !request.skip_zeros && slot.at.type() == slot.at.grad_type()) {
             const u32 type = slot.at.type();
-            const bool done = type == BF16_TYPE  ? work.template quick<BF16_TYPE>(spot)
-                              : type == F16_TYPE ? work.template quick<F16_TYPE>(spot)
-                                                 : work.template quick<F32_TYPE>(spot);
+#ifdef RINGS
+            if (type != F32_TYPE && steps.copyable()) {
+                const u32 end = min(u32(slot.at.n / BLOCK), u32(request.to) - place.first);
+                const u32 left = type == BF16_TYPE ? steps.template run<BF16_TYPE>(number, warps, end, lane)
+                                                   : steps.template run<F16_TYPE>(number, warps, end, lane);
+                if (left != number) {
+                    block = place.first + left - warps;  // the loop goes on from there
+                    continue;
+                }
+            }
+#endif
+#ifdef RINGS
+            const bool done = steps.quick(type, spot);  // here it is for what has no ring: one form is enough
+#else
+            const bool done = type == BF16_TYPE  ? steps.quick(BF16_TYPE, spot)
+                              : type == F16_TYPE ? steps.quick(F16_TYPE, spot)
+                                                 : steps.quick(F32_TYPE, spot);
+#endif
             if (done) continue;
         }
+        Work work(steps);
         Raw p, g;
         p.load(master ? slot.at.extra : slot.at.p, master ? u32(F32_TYPE) : slot.at.type(), spot);
         g.load(slot.grad, slot.at.grad_type(), spot);
@@ -306,38 +444,35 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
                 raw.get(F32_TYPE, work.states[s]);
                 continue;
             }
-            work.scales[s] = load_float(slot.at.absmax[s] + number);
+            const float stored = load_float(slot.at.absmax[s] + number);
+            uint2 codes;
             if (whole) {
-                work.codes[s] = load_two(from + spot.offset(1));
+                codes = load_two(from + spot.offset(1));
             } else {
-                const u64 first = spot.first(), n = spot.n;
+                const u8* at = from + spot.offset(1);
+                const u32 count = spot.count();
                 u32 words[2] = {};
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i) {
                     const u32 zero = s < RULE::SIGNED ? 127 : 0;
-                    words[i / 4] |= (first + i < n ? u32(from[first + i]) : zero) << (i % 4 * 8);
+                    words[i / 4] |= (i < count ? u32(at[i]) : zero) << (i % 4 * 8);
                 }
-                work.codes[s] = make_uint2(words[0], words[1]);
+                codes = make_uint2(words[0], words[1]);
             }
+            // A scale that is none of ours: the block begins anew.
+            const float scale = fabsf(stored) < LIMIT ? stored : 0.f;
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) work.states[s][i] = maps.decode(s, codes, i) * scale;
         }
         p.get(master ? u32(F32_TYPE) : slot.at.type(), work.p);
         g.get(slot.at.grad_type(), work.g);
-        if (eight) {
-#pragma unroll
-            for (u32 s = 0; s < STATES; ++s) {
-                // A scale that is none of ours: the block begins anew.
-                const float scale = fabsf(work.scales[s]) < LIMIT ? work.scales[s] : 0.f;
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i) work.states[s][i] = work.decoded(s, i) * scale;
-            }
-        }
         if (SUMS) {
             work.update();
             float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) {  // past the end all is zero
                 sum.x += work.p[i] * work.p[i];
-                if (spot.first() + i < spot.n && !work.is_left(work.updates[i])) sum.y += work.updates[i] * work.updates[i];
+                if (i < spot.count() && !work.is_left(work.updates[i])) sum.y += work.updates[i] * work.updates[i];
             }
             sum = make_float2(warp_sum(sum.x), warp_sum(sum.y));
             if (lane == 0) sums[block] = sum;
@@ -345,10 +480,6 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         }
         work.update();
         if (!EXTRAS) work.move();
-        if (eight) {
-            work.measure();
-            work.template encode<false>();
-        }
 #pragma unroll
         for (u32 s = 0; s < STATES; ++s) {
             u8* to = slot.at.states[s];
@@ -358,14 +489,17 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
                 raw.store(to, F32_TYPE, spot);
                 continue;
             }
-            if (lane == 0) slot.at.absmax[s][number] = work.scales[s];
+            const float scale = as_float(largest(s, work.states[s]));
+            const uint2 codes = maps.encode<false>(s, work.states[s], scale);
+            if (lane == 0) slot.at.absmax[s][number] = scale;
             if (whole) {
-                store_two(to + spot.offset(1), work.codes[s]);
+                store_two(to + spot.offset(1), codes);
             } else {
-                const u64 first = spot.first(), n = spot.n;
+                u8* at = to + spot.offset(1);
+                const u32 count = spot.count();
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i)
-                    if (first + i < n) to[first + i] = u8((i < 4 ? work.codes[s].x : work.codes[s].y) >> (i % 4 * 8));
+                    if (i < count) at[i] = u8((i < 4 ? codes.x : codes.y) >> (i % 4 * 8));
             }
         }
         if (EXTRAS) work.move_with_extras(slot.at.type(), spot);

@@ -50,6 +50,8 @@ pub struct Table {
     count: usize,
     words: Vec<u64>,
     extras: bool,
+    /// Whether there are 8-bit states.
+    coded: bool,
 }
 
 /// Where a group's data are in device memory.
@@ -84,7 +86,8 @@ impl Table {
         }
         words[count * (WORDS + 2)] = blocks;
         let extras = entries.iter().any(|entry| entry.master != 0 || entry.compensation != 0);
-        Self { count, words, extras }
+        let coded = entries.iter().any(|entry| entry.eight);
+        Self { count, words, extras, coded }
     }
 
     /// Number of parameters.
@@ -140,7 +143,8 @@ impl Table {
     }
 
     fn group(&self, memory: &Memory) -> [u64; 2] {
-        [memory.table, self.count as u64]
+        // The second word's upper half tells the kernels that there is no room for maps.
+        [memory.table, self.count as u64 | u64::from(!self.coded) << 32]
     }
 }
 
@@ -253,16 +257,32 @@ fn number(rule: Rule) -> u32 {
     }
 }
 
-/// The launch of a kernel of cuda/src/optim.cu: threads and shared memory are as it has them.
-fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, blocks: u64) -> Result<Launch> {
+/// The launch of a kernel of cuda/src/optim.cu for a group with 8-bit states, `coded`, or without: threads and shared memory are
+/// as it has them.
+fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, coded: bool, blocks: u64) -> Result<Launch> {
     const SLOT: u32 = 176;
-    let states = rule.signed().len();
-    let most = if states > 2 { 640 } else { 768 };
-    let copies = if device(stream.device)?.capability >= 90 { 32 } else { 8 };
+    const EXTRAS_THREADS: u32 = 512;
+    let states = rule.signed().len() as u32;
+    let hopper = device(stream.device)?.capability >= 90;
+    let (warps, depth) = match (hopper, states) {
+        (true, 1) => (24, 4),
+        (true, 2) => (24, 3),
+        (true, _) => (16, 4),
+        (false, 1 | 2) => (24, 0),
+        (false, _) => (20, 0),
+    };
     let (signed, unsigned) = (4 * 2 * 1729, 4 * 3457);
-    let maps = if states > 1 { signed + unsigned + 2 * 1024 * copies } else { signed + 1024 * copies };
-    let threads = if extras { 512 } else { most };
-    kernel.filling(stream.device, blocks.div_ceil(u64::from(threads / 32)), threads, SLOT * most / 32 + maps)
+    let maps = 1 + u32::from(states > 1);
+    let tables = SLOT * warps + signed + (maps - 1) * unsigned;
+    let row = if hopper { 256 } else { 8 * 4 * maps };
+    let threads = if extras { EXTRAS_THREADS } else { 32 * warps };
+    let places = warps * depth * (1024 + states * 256);
+    let shared = tables.next_multiple_of(128) + 256 * row + places;
+    // More warps than these ask for 32-bit states faster than the memory likes. How many blocks there are at once is asked for with
+    // what 8-bit states take, so that it is the same for both: one on a multiprocessor, as registers have it.
+    let used = if coded || !hopper { threads } else { threads.min(512) };
+    let launch = kernel.filling(stream.device, blocks.div_ceil(u64::from(used / 32)), threads, shared)?;
+    Ok(Launch { threads: used, shared: if coded { shared } else { SLOT * warps }, ..launch })
 }
 
 /// # Safety
@@ -367,7 +387,7 @@ pub unsafe fn step(
     let mut slices = 0;
     if rule.has_trust() {
         let kernel = &SUMS[usize::from(rule == Rule::Lars)];
-        let launch = launch(kernel, stream, rule, false, to - from)?;
+        let launch = launch(kernel, stream, rule, false, table.coded, to - from)?;
         let mut arguments = Arguments::default().block(&request(0)).u64(memory.sums);
         // SAFETY: the arguments are those of the kernel; the caller vouches for the pointers.
         unsafe { kernel.launch(stream, launch, &mut arguments) }?;
@@ -376,7 +396,7 @@ pub unsafe fn step(
         slices = memory.slices;
     }
     let kernel = if extras { &STEP_WITH_EXTRAS[law(rule)] } else { &STEP[law(rule)] };
-    let launch = launch(kernel, stream, rule, extras, to - from)?;
+    let launch = launch(kernel, stream, rule, extras, table.coded, to - from)?;
     // SAFETY: as above.
     unsafe { kernel.launch(stream, launch, &mut Arguments::default().block(&request(slices))) }?;
     if rule.has_trust() {
