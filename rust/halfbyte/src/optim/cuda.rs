@@ -263,7 +263,8 @@ fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, coded: boo
     const SLOT: u32 = 176;
     const EXTRAS_THREADS: u32 = 512;
     let states = rule.signed().len() as u32;
-    let hopper = device(stream.device)?.capability >= 90;
+    let gpu = device(stream.device)?;
+    let hopper = gpu.capability >= 90;
     let (warps, depth) = match (hopper, states) {
         (true, 1) => (24, 4),
         (true, 2) => (24, 3),
@@ -277,7 +278,9 @@ fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, coded: boo
     let row = if hopper { 256 } else { 8 * 4 * maps };
     let threads = if extras { EXTRAS_THREADS } else { 32 * warps };
     let places = warps * depth * (1024 + states * 256);
-    let shared = tables.next_multiple_of(128) + 256 * row + places;
+    let shared = tables.next_multiple_of(128) + 256 * row;
+    // Places where there is room for all of them.
+    let shared = if shared + places <= gpu.shared_memory { shared + places } else { shared };
     // More warps than these ask for 32-bit states faster than the memory likes. How many blocks there are at once is asked for with
     // what 8-bit states take, so that it is the same for both: one on a multiprocessor, as registers have it.
     let used = if coded || !hopper { threads } else { threads.min(512) };
