@@ -76,10 +76,8 @@ def make(folder: Path, hidden: int, layers: int) -> None:
         return (torch.randn(rows, columns, device=device, dtype=torch.bfloat16) * 0.02).cpu()
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
-    outer = {"embed_tokens.weight": normal(vocabulary, hidden), "norm.weight": ones}
-    files = [
-        {f"model.{name}": tensor for name, tensor in outer.items()} | {"lm_head.weight": normal(vocabulary, hidden)}
-    ]
+    tensors = {"model.embed_tokens.weight": normal(vocabulary, hidden), "model.norm.weight": ones}
+    tensors["lm_head.weight"] = normal(vocabulary, hidden)
     shapes = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (grouped * head, hidden),
@@ -90,15 +88,15 @@ def make(folder: Path, hidden: int, layers: int) -> None:
         "mlp.down_proj": (hidden, inner),
     }
     index: dict[str, str] = {}
-    for first in range(-LAYERS_A_FILE, layers, LAYERS_A_FILE):
-        tensors = files.pop() if files else {}
-        for layer in range(max(first, 0), min(first + LAYERS_A_FILE, layers)):
+    for first in range(0, layers, LAYERS_A_FILE):
+        for layer in range(first, min(first + LAYERS_A_FILE, layers)):
             at = f"model.layers.{layer}."
             tensors |= {f"{at}{name}.weight": normal(*shape) for name, shape in shapes.items()}
             tensors |= {f"{at}{name}_layernorm.weight": ones.clone() for name in ("input", "post_attention")}
-        name = f"model-{first + LAYERS_A_FILE:05d}.safetensors"
-        save_file(tensors, folder / name)
-        index |= dict.fromkeys(tensors, name)
+        file = f"model-{first:05d}.safetensors"
+        save_file(tensors, folder / file)
+        index |= dict.fromkeys(tensors, file)
+        tensors = {}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -84,6 +85,13 @@ def build(source: str, which: str, defines: dict[str, str], changes=(), program:
         subprocess.run([COMPILER, *flags, *paths, *sources, "-o", building], check=True)
         building.rename(built)
     return built
+
+
+def failures(program: Path, launches: list[dict]) -> list[str]:
+    """What the program says of those launches that do not come out right."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(lambda launch: run(program, **launch), launches))
+    return [said for right, said in done if not right]
 
 
 def run(program: Path, **settings) -> tuple[bool, str]:

@@ -197,9 +197,8 @@ def test_double_quantization(block):
     """Its offset is torch's mean to the last bit, and it is three kernels."""
     a = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
     packed, plain = F.quantize_4bit(a, blocksize=block, quant_type="nf4")
-    F.quantize_4bit(
-        a, blocksize=block, quant_type="nf4", compress_statistics=True
-    )  # the first brings the map of the statistics
+    # The first of a process brings the map of the statistics.
+    F.quantize_4bit(a, blocksize=block, quant_type="nf4", compress_statistics=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         nested_packed, nested = F.quantize_4bit(a, blocksize=block, quant_type="nf4", compress_statistics=True)
         torch.cuda.synchronize()

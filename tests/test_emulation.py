@@ -4,9 +4,7 @@ See cuda/emulation/machine.h for what that shows. It says nothing of speed, and 
 manual has them.
 """
 
-import os
 import random
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 
@@ -139,9 +137,7 @@ def wrong(kernel, runs, blocks, changes=(), **others):
     """What the programs say that fail."""
     program = kernel.build(changes)
     launches = [settings(kernel, seed, blocks) | others for seed in range(runs)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda launch: emulation.run(program, **launch), launches))
-    return [said for right, said in done if not right]
+    return emulation.failures(program, launches)
 
 
 @pytest.mark.parametrize("name", KERNELS)

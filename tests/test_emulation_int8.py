@@ -4,9 +4,7 @@ Ragged shapes, tiles of each size, columns around the number from which x itself
 be found.
 """
 
-import os
 import random
-from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 
 import emulation
@@ -58,9 +56,7 @@ def wrong(name, runs, changes=(), **others):
     defines = {"ELEMENT": element, "TOKENS": str(tokens)}
     program = emulation.build("int8_wgmma.cu", "INT8", defines, changes, "int8.cpp")
     launches = [settings(tokens, seed) | others for seed in range(runs)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda launch: emulation.run(program, **launch), launches))
-    return [said for right, said in done if not right]
+    return emulation.failures(program, launches)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -75,8 +71,8 @@ MISTAKES = {
     "entries are gathered while they are read": ("            barrier_wait(o_full + 8, parity ^ 1);\n", "", 32),
     "half of x is not copied": ("            if (DENSE) copy_box(", "            if (DENSE && k % 2) copy_box(", 100),
     "sums of a cluster are not there yet": (
-        "    cluster_arrive(), cluster_wait();\n    if (part.rank",
-        "    if (part.rank",
+        "    cluster_arrive(), cluster_wait();\n    if (share.rank",
+        "    if (share.rank",
         0,
     ),
     "a swizzle is left out": ("(half * 4 + j ^ g) * 16 + 2 * t", "(half * 4 + j) * 16 + 2 * t", 100),

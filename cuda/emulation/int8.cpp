@@ -50,8 +50,8 @@ int main(int count, char** arguments) {
     u32* const marked = guarded<u32>(1);
     *marked = columns;
     machine::run(launch, {seed * 7 + 1, settings.get("lateness", 40)}, [&] {
-        matmul_int8(w_map, q_map, x_map, row_stats, column_stats, bias, out + MARGIN, x, q, w, any ? bitmap : nullptr, counted ? marked : nullptr, m, n, k, rows, stages,
-                    std::max(2048 / TOKENS, 1), most);
+        matmul_int8(w_map, q_map, x_map, row_stats, column_stats, bias, out + MARGIN, x, q, w, any ? bitmap : nullptr,
+                    counted ? marked : nullptr, m, n, k, rows, stages, std::max(2048 / TOKENS, 1), most);
     });
 
     const bool itself = counted && columns > most;  // x is multiplied, not its codes

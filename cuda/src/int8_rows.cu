@@ -36,7 +36,8 @@ DEVICE void mark(u32* outliers, u32* count, u32 word, u32 bits) {
     if (count != nullptr && fresh != 0) atomicAdd(count, __popc(fresh));
 }
 
-// A row a block. `count` gets the number of marked columns, where it is not null. The row is at a multiple of 16 bytes, K % 8 = 0, K ≤ 8 · V · threads. `threshold` is NaN for none.
+// A row a block. The row is at a multiple of 16 bytes, K % 8 = 0, K ≤ 8 · V · threads. `threshold` is NaN for none. `count` gets the
+// number of marked columns, where it is not null.
 template <class T, int V>
 DEVICE void quantize_row(const T* x, u32 K, float threshold, u8* q, float* stats, u32* outliers, u32* count) {
     let_dependents_start();

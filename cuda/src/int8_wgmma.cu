@@ -33,7 +33,7 @@ constexpr u32 RESULTS = PART * 128;
 constexpr bool SPLIT = TOKENS <= 64;  // whether there are clusters: of more tokens there are more sums than time is won
 
 // What this block has of the work along K, and of the outliers' chunks.
-struct Part { u32 rank, ranks, begin, steps; };
+struct Share { u32 rank, ranks, begin, steps; };
 
 struct Problem {
     const float* row_stats;     // [M]
@@ -117,8 +117,8 @@ DEVICE void write_wide(const Problem& p, T* out, const V (&v)[TOKENS / 2], Tile 
 }
 
 // The entries of all tiles of a block, by HELPERS threads; o_full and the barriers behind it: o_empty, listed.
-DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, const Part& part, u32 first, u32 stride, u32* list, u32& outlier_count, u8* to_w, u8* to_x,
-                           u32 o_full, u32 thread) {
+DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, const Share& share, u32 first, u32 stride, u32* list,
+                           u32& outlier_count, u8* to_w, u8* to_x, u32 o_full, u32 thread) {
     u32 window = 0;
     auto relist = [&] {
         named_barrier(5, HELPERS);
@@ -139,7 +139,7 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, const Part& par
             const u64 at = u64(tile.tokens + token) * p.K + k;
             return residual(to_float(p.x[at]), byte_value(p.q[at], 0), p.row_stats[tile.tokens + token]);
         };
-        for (u32 c = part.rank * ENTRIES; c < count; c += part.ranks * ENTRIES) {
+        for (u32 c = share.rank * ENTRIES; c < count; c += share.ranks * ENTRIES) {
             if (c < window || min(c + ENTRIES, count) > window + WINDOW) window = c, relist();
             barrier_wait(o_full + 8, parity ^ 1);
             parity ^= 1;
@@ -159,16 +159,16 @@ DEVICE void add_bits(i32& x, float other) { x += i32(as_bits(other)); }
 
 // Adds the sums of a cluster's blocks. False for those that are not the first: their sums are the first's now. All threads of the
 // cluster meet here once, and at the kernel's end, until which these sums are read.
-template <class V> DEVICE bool add_parts(V (&sums)[TOKENS / 2], const Part& part, float* parts, u32 group, u32 thread) {
-    float* const mine = parts + group * (TOKENS / 2 * 128) + thread;
-    if (part.rank > 0) {
+template <class V> DEVICE bool add_shares(V (&sums)[TOKENS / 2], const Share& share, float* their_sums, u32 group, u32 thread) {
+    float* const mine = their_sums + group * (TOKENS / 2 * 128) + thread;
+    if (share.rank > 0) {
 #pragma unroll
         for (u32 j = 0; j < TOKENS / 2; ++j) mine[j * 128] = as_float(sum_bits(sums[j]));
     }
     cluster_arrive(), cluster_wait();
-    if (part.rank > 0) return false;
+    if (share.rank > 0) return false;
 #pragma unroll 1
-    for (u32 from = 1; from < part.ranks; ++from) {
+    for (u32 from = 1; from < share.ranks; ++from) {
         const u32 at = map_to_block(shared_address(mine), from);
 #pragma unroll
         for (u32 j = 0; j < TOKENS / 2; ++j) add_bits(sums[j], load_cluster_float(at + j * 512));
@@ -185,14 +185,14 @@ DEVICE u32 dense_stages(const Problem& p) { return p.stages * (p.rows + TOKENS) 
 // Fills the ring, for all tiles of a block, by one thread: w beside q, or (DENSE) beside x. A step has few cycles where tiles are
 // small, so that each has a loop of its own.
 template <bool DENSE>
-DEVICE void serve_tiles(const Problem& p, const Tiles& tiles, const Part& part, u32 first, u32 stride, const TensorMap& w_map,
+DEVICE void serve_tiles(const Problem& p, const Tiles& tiles, const Share& share, u32 first, u32 stride, const TensorMap& w_map,
                         const TensorMap& left_map, u32 ring, u32 full, u32 empty) {
     const u32 bytes = DENSE ? dense_stage(p) : (p.rows + TOKENS) * ROW, stages = DENSE ? dense_stages(p) : p.stages;
     Turn turn;
     for (u32 i = first; i < tiles.count(); i += stride) {
         const Tile tile = tiles.get(i);
 #pragma unroll 1
-        for (u32 k = part.begin; k < part.begin + part.steps; ++k) {
+        for (u32 k = share.begin; k < share.begin + share.steps; ++k) {
             barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
             const u32 barrier = full + turn.stage * 8, at = ring + turn.stage * bytes;
             barrier_expect(barrier, bytes);
@@ -278,14 +278,14 @@ KERNEL __launch_bounds__(384, 1)
     u8* const results = outliers_x + OUTLIERS_X;
     float* const scales = reinterpret_cast<float*>(results + 2 * RESULTS);
     u32* const list = reinterpret_cast<u32*>(scales + 2 * TOKENS);
-    float* const parts = reinterpret_cast<float*>(list + WINDOW);
+    float* const their_sums = reinterpret_cast<float*>(list + WINDOW);
     const Tiles tiles(p);
-    Part part = {0, 1, 0, all_steps};
+    Share share = {0, 1, 0, all_steps};
     if constexpr (SPLIT) {
-        part.rank = cluster_rank(), part.ranks = cluster_size();
-        part.begin = all_steps * part.rank / part.ranks, part.steps = all_steps * (part.rank + 1) / part.ranks - part.begin;
+        share.rank = cluster_rank(), share.ranks = cluster_size();
+        share.begin = all_steps * share.rank / share.ranks, share.steps = all_steps * (share.rank + 1) / share.ranks - share.begin;
     }
-    const u32 first = blockIdx.x / part.ranks, stride = gridDim.x / part.ranks, steps = part.steps;
+    const u32 first = blockIdx.x / share.ranks, stride = gridDim.x / share.ranks, steps = share.steps;
 
     let_dependents_start();
     if (warp == 0) {
@@ -306,14 +306,14 @@ KERNEL __launch_bounds__(384, 1)
         if constexpr (TOKENS == 256) fewer_registers<72>();
         if (warp == groups * 4) {
             if (lane == 0) {
-                if (dense) serve_tiles<true>(p, tiles, part, first, stride, w_map, x_map, shared_address(ring), full, empty);
-                else serve_tiles<false>(p, tiles, part, first, stride, w_map, q_map, shared_address(ring), full, empty);
+                if (dense) serve_tiles<true>(p, tiles, share, first, stride, w_map, x_map, shared_address(ring), full, empty);
+                else serve_tiles<false>(p, tiles, share, first, stride, w_map, q_map, shared_address(ring), full, empty);
             }
         } else if (gathers) {
-            serve_outliers(p, tiles, part, first, stride, list, outlier_count, outliers_w, outliers_x, o_full,
+            serve_outliers(p, tiles, share, first, stride, list, outlier_count, outliers_w, outliers_x, o_full,
                            threadIdx.x - groups * 128 - WARP);
         }
-        if (part.ranks > 1) cluster_arrive(), cluster_wait();
+        if (share.ranks > 1) cluster_arrive(), cluster_wait();
     } else {
         if constexpr (TOKENS == 256) more_registers<216>();
         const u32 group = warp / 4, thread = threadIdx.x % 128, g = lane / 4, t = lane % 4;
@@ -357,7 +357,7 @@ KERNEL __launch_bounds__(384, 1)
                 if (lane == 0) barrier_arrive(empty + before * 8);
                 if constexpr (!SCALED) {
                     if constexpr (SPLIT)
-                        if (part.ranks > 1 && !add_parts(sums, part, parts, group, thread)) continue;
+                        if (share.ranks > 1 && !add_shares(sums, share, their_sums, group, thread)) continue;
                     write_wide(p, p.out, sums, tile, end, row, t);
                     continue;
                 }
@@ -375,14 +375,14 @@ KERNEL __launch_bounds__(384, 1)
                     count = *static_cast<volatile u32*>(&outlier_count);
                     asked = true;
                 }
-                for (u32 c = part.rank * ENTRIES; c < count; c += part.ranks * ENTRIES) {
+                for (u32 c = share.rank * ENTRIES; c < count; c += share.ranks * ENTRIES) {
                     barrier_wait(o_full, o_turn);
                     o_turn ^= 1;
                     add_outliers(f, shared_address(outliers_w), shared_address(outliers_x), group);
                     if (lane == 0) barrier_arrive(o_empty);
                 }
                 if constexpr (SPLIT)
-                    if (part.ranks > 1 && !add_parts(f, part, parts, group, thread)) continue;
+                    if (share.ranks > 1 && !add_shares(f, share, their_sums, group, thread)) continue;
                 const u32 n = tile.weights + row;
                 float s[2], b[2];
 #pragma unroll
@@ -398,5 +398,5 @@ KERNEL __launch_bounds__(384, 1)
             }
         }
     }
-    if (part.ranks > 1) cluster_arrive(), cluster_wait();
+    if (share.ranks > 1) cluster_arrive(), cluster_wait();
 }

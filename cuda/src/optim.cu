@@ -55,12 +55,6 @@ constexpr u32 ROW_BYTES = COPIES == 32 ? 256 : COPIES * 4 * (1 + BOTH);
 constexpr u32 RINGS_AT = ROWS_AT + 256 * ROW_BYTES;
 constexpr u32 PLACE_BYTES = 1024 + STATES * 256;
 constexpr u32 SHARED_BYTES = RINGS_AT + WARPS * DEPTH * PLACE_BYTES;
-// GPUs that have less shared memory, as those of capability 12.0, are asked for what comes before the rings alone, and do without.
-DEVICE bool has_rings() {
-    u32 bytes;
-    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
-    return bytes >= SHARED_BYTES;
-}
 static_assert(sizeof(Slot) == 176 && PLACE_BYTES % 16 == 0 && SHARED_BYTES <= 232448, "as the host has it");
 
 // What makes tables and the copies of maps. The place of the copies holds a map itself, and what its table is made from, before.
@@ -220,12 +214,15 @@ struct Steps {
     }
 
 #ifdef RINGS
-    // Whether states can be had by 16 bytes.
+    // Whether states can be had by 16 bytes, and there are rings: GPUs that have less shared memory, as those of capability 12.0, are
+    // asked for what comes before these alone.
     DEVICE bool copyable() const {
+        u32 bytes;
+        asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
         u64 all = 0;
 #pragma unroll
         for (u32 s = 0; s < STATES; ++s) all |= u64(slot.at.states[s]);
-        return all % 16 == 0;
+        return all % 16 == 0 && bytes >= SHARED_BYTES;
     }
 
     // The same for every `stride`-th block from `number` up to `end`, of 16-bit types. DEPTH blocks are under way while one is worked
@@ -292,7 +289,6 @@ struct Steps {
         return number;
     }
 #endif
-
 };
 
 // Any block of a parameter.
@@ -388,7 +384,6 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
     const Maps maps{shared_address(rows), lane % COPIES * 4, shared.first.place(), BOTH ? shared.last.place() : 0};
     const u32 ring = shared_address(memory) + RINGS_AT + threadIdx.x / WARP * (DEPTH * PLACE_BYTES);
     Steps steps{slot, request, request.factors.all(), maps, ring};
-    [[maybe_unused]] const bool rings = has_rings();
     Place place;
     for (u32 block = u32(request.from) + blockIdx.x * together + threadIdx.x / WARP; block < u32(request.to); block += warps) {
         if (place.seek(request.group, block, lane)) {
@@ -419,7 +414,7 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         if (!EXTRAS && !SUMS && whole && eight && !request.skip_zeros && slot.at.type() == slot.at.grad_type()) {
             const u32 type = slot.at.type();
 #ifdef RINGS
-            if (rings && type != F32_TYPE && steps.copyable()) {
+            if (type != F32_TYPE && steps.copyable()) {
                 const u32 end = min(u32(slot.at.n / BLOCK), u32(request.to) - place.first);
                 const u32 left = type == BF16_TYPE ? steps.template run<BF16_TYPE>(number, warps, end, lane)
                                                    : steps.template run<F16_TYPE>(number, warps, end, lane);
@@ -428,8 +423,6 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
                     continue;
                 }
             }
-#endif
-#ifdef RINGS
             const bool done = steps.quick(type, spot);  // here it is for what has no ring: one form is enough
 #else
             const bool done = type == BF16_TYPE  ? steps.quick(BF16_TYPE, spot)
