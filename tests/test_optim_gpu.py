@@ -76,6 +76,68 @@ def test_the_gpu_does_what_the_cpu_does(name):
             q.data.copy_(p)
 
 
+# Some with an end beside whole tiles; one whose second scales are not aligned in AdEMAMix's states; the last for a
+# gradient that is not.
+LARGE = [1 << 20, 3_000_000, (1 << 22) + 24 * 256 * 5, (1 << 20) + 256, 5000, (1 << 21) + 4096]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "name", [name for name in EVERY if name.endswith("8bit") and name not in ("LAMB8bit", "LARS8bit")]
+)
+def test_large_parameters_are_what_their_parts_are(name, dtype):
+    # Blocks of large 16-bit parameters go another way than those of parts of them, to the same bits.
+    part = 256 * 1500
+    params = parameters(LARGE, dtype)
+    twins = [torch.nn.Parameter(piece.clone()) for p in params for piece in p.detach().split(part)]
+    one, other = (getattr(optim, name)(ps, min_8bit_size=1, **EVERY[name]) for ps in (params, twins))
+    for step in range(4):
+        give_gradients(params, step)
+        for p in params:  # blocks with what is left alone, with nothing, and with much
+            p.grad[::77_777] = float("inf")
+            p.grad[1::99_991] = float("nan")
+            p.grad[256 * 40 : 256 * 43] = 0
+            p.grad[256 * 50 : 256 * 51] = 60000
+        lies_elsewhere = torch.empty(LARGE[-1] + 1, dtype=dtype, device="cuda")[1:]
+        params[-1].grad = lies_elsewhere.copy_(params[-1].grad)
+        for q, piece in zip(twins, [piece for p in params for piece in p.grad.split(part)], strict=True):
+            q.grad = piece.clone()
+        one.step()
+        other.step()
+        assert torch.equal(torch.cat([p.detach() for p in params]), torch.cat([q.detach() for q in twins]))
+    for key in ("state1", "state2", "absmax2"):
+        if key in one.state[params[0]] and name != "AdEMAMix8bit":
+            pairs = ((one, params), (other, twins))
+            mine, theirs = ([optimizer.state[p][key].flatten() for p in ps] for optimizer, ps in pairs)
+            assert torch.equal(torch.cat(mine), torch.cat(theirs)), key
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix8bit", "Lion8bit"])
+def test_large_parameters_in_a_captured_step_and_beside_small_ones(name):
+    sizes = [70_001, 1 << 21, 100, 1_500_000]
+    params, twins = parameters(sizes), parameters(sizes)
+    one = getattr(optim, name)(params, capturable=True, **EVERY[name])
+    other = getattr(optim, name)(twins, capturable=True, **EVERY[name])
+    give_gradients(params, 0)
+    give_gradients(twins, 0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        one.step()
+    torch.cuda.current_stream().wait_stream(side)
+    other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one.step()
+    for step in range(1, 6):
+        give_gradients(params, step, into=True)
+        give_gradients(twins, step)
+        graph.replay()
+        other.step()
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_a_captured_step_equals_eager_ones(name):
     sizes = [4096, 5000, 100]
@@ -198,7 +260,8 @@ def paged(params, bits=8):
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_paged_states_are_those_of_ordinary_memory(bits):
-    params, twins = parameters([200_000, 5000, 131_072]), parameters([200_000, 5000, 131_072])
+    sizes = [200_000, 5000, 131_072, (1 << 22) + 256]
+    params, twins = parameters(sizes), parameters(sizes)
     one, other = paged(params, bits), optim.AdamW(twins, lr=1e-3, optim_bits=bits)
     for step in range(5):
         give_gradients(params, step)

@@ -30,6 +30,7 @@ struct Parameter {
     DEVICE bool aligned() const { return about & 32; }
     DEVICE bool master() const { return about & 64; }
     DEVICE bool compensated() const { return about & 128; }
+    DEVICE bool tiled() const { return about & 256; }
     DEVICE u32 index() const { return u32(about >> 32); }
 };
 static_assert(sizeof(Parameter) == 96, "as rust/halfbyte/src/optim/cuda.rs has it");
@@ -37,7 +38,11 @@ static_assert(sizeof(Parameter) == 96, "as rust/halfbyte/src/optim/cuda.rs has i
 struct Group {
     const u64* words;
     u32 count;
-    u32 reserved;
+    u32 about;
+    // There are 8-bit states, and there is room for their maps.
+    DEVICE bool has_codes() const { return about & 1; }
+    // There are parameters to be worked on by tiles.
+    DEVICE bool has_tiles() const { return about & 2; }
     DEVICE const u8* grad(u32 i) const { return reinterpret_cast<const u8*>(__ldg(words + i)); }
     DEVICE const Parameter* at(u32 i) const { return reinterpret_cast<const Parameter*>(words + count) + i; }
     DEVICE const u64* starts() const { return words + count * 13ull; }

@@ -6,11 +6,21 @@
 // A warp takes a block of 256 elements, 8 a lane: 16 bytes of a 16-bit parameter and of its gradient, 8 bytes of each 8-bit state.
 // 8-bit states are decoded through the dynamic maps in shared memory (a copy for each bank, where there is room), and get their
 // codes by one look-up and one addition (search_table.cuh), after one redux instruction for the block's largest magnitude.
-// Blocks of all parameters are numbered together; warps stride over them, so that neighbours work on neighbours.
+//
+// On Hopper, large 16-bit parameters with 8-bit states go through shared memory by tiles of TILE blocks (optim_tiles.cuh), which a
+// warp of its own copies in and out in bulk: every multiprocessor has DEPTH tiles there, and takes every gridDim.x-th.
+// A multiprocessor's shared memory, for rules with one, two and three states, in bytes (a GPU that has less has no tiles):
+//
+//   what each warp works on, barriers, tables       19456   33280   32512
+//   maps: [256] rows of 64 banks                    65536   65536   65536
+//   DEPTH places for tiles                         123392  111360  108288     4 × 24 blocks, 3 × 24, 3 × 20
+//
+// Everything else has its blocks numbered through all parameters; warps stride over them, so that neighbours work on neighbours,
+// and read and write global memory directly: smaller parameters and the ends of large ones, unaligned ones, other types, 32-bit
+// states, extras, and all on GPUs before Hopper, which run the image for sm_75: each of their multiprocessors has less to keep up with.
 // Bytes moved an element: parameter twice, gradient, states twice, 8/256 for each 8-bit state.
-// From sm_75 on. GPUs before Hopper run that image too: each of their multiprocessors has less to keep up with.
-#include "async_copy.cuh"
 #include "optim_rules.cuh"
+#include "optim_tiles.cuh"
 #include "search_table.cuh"
 #include "shared.cuh"
 
@@ -19,13 +29,14 @@ constexpr bool BOTH = RULE::SIGNED < STATES;  // maps
 
 // As rust/halfbyte/src/optim/cuda.rs has it: registers for rules with three states, and for the extras, cost warps.
 #if __CUDA_ARCH__ >= 900
-constexpr u32 WARPS = STATES > 2 ? 16 : 24;
-constexpr u32 DEPTH = STATES == 2 ? 3 : 4;
+#define TILES
+constexpr u32 TILE = STATES > 2 ? 20 : 24, DEPTH = STATES == 1 ? 4 : 3;
+constexpr u32 WARPS = TILE + 1;  // one that copies
 constexpr u32 COPIES = 32;
-#define RINGS
+using Places = Tiles<STATES, TILE, DEPTH>;
+using Spots = Places::Spots;
 #else
 constexpr u32 WARPS = STATES > 2 ? 20 : 24;
-constexpr u32 DEPTH = 0;
 constexpr u32 COPIES = 8;
 #endif
 constexpr u32 THREADS = WARPS * 32, EXTRAS_THREADS = 512;
@@ -33,29 +44,45 @@ constexpr u32 THREADS = WARPS * 32, EXTRAS_THREADS = 512;
 using SignedTable = SearchTable<6, true>;
 using UnsignedTable = SearchTable<7, false>;
 
+// How far a warp has come through the parameters with tiles.
+struct Walk {
+    u32 base, candidates;  // of the 32 parameters before `base` those that are still to come
+    u32 numbered;          // tiles of all that it has come by, so that multiprocessors take turns through them all
+    u32 tile, end;         // of the parameter that is open: its next one, and the last
+    u32 turn, parity;      // the place of that one
+    u32 reserved;
+};
 // What a warp works on, of a parameter: read once for all its blocks that come one after the other.
 struct Slot {
     Scalars k;
     Parameter at;
     const u8* grad;
     float trust;
-    u32 reserved;
+    Place place;  // of the block that it works on directly
+#ifdef TILES
+    Walk walk;
+#endif
 };
 struct Shared {
     Slot slots[WARPS];
+#ifdef TILES
+    Places::Shared tiles;
+#endif
     SignedTable first;
     UnsignedTable last;  // where there is a rule's need for it
 };
 // Behind it are copies of the maps, those of an entry of either in one row: rows of 256 bytes make an address of a code by one
-// instruction. Then each warp has a ring of DEPTH places for blocks of 16-bit parameters that it has asked for: parameter, gradient,
-// codes. Copies are by 16 bytes, which is what both the places and the offsets in them are multiples of.
+// instruction. Then there are places for tiles.
 constexpr u32 round_up(u32 bytes) { return (bytes + 127) / 128 * 128; }
 constexpr u32 ROWS_AT = round_up(BOTH ? sizeof(Shared) : sizeof(Shared) - sizeof(UnsignedTable));
 constexpr u32 ROW_BYTES = COPIES == 32 ? 256 : COPIES * 4 * (1 + BOTH);
-constexpr u32 RINGS_AT = ROWS_AT + 256 * ROW_BYTES;
-constexpr u32 PLACE_BYTES = 1024 + STATES * 256;
-constexpr u32 SHARED_BYTES = RINGS_AT + WARPS * DEPTH * PLACE_BYTES;
-static_assert(sizeof(Slot) == 176 && PLACE_BYTES % 16 == 0 && SHARED_BYTES <= 232448, "as the host has it");
+constexpr u32 TILES_AT = ROWS_AT + 256 * ROW_BYTES;
+#ifdef TILES
+constexpr u32 SHARED_BYTES = TILES_AT + DEPTH * Places::PLACE_BYTES;
+static_assert(SHARED_BYTES == (STATES == 1 ? 208384 : STATES == 2 ? 210176 : 206336), "as the host has it");
+#else
+static_assert(TILES_AT == (STATES == 1 ? 26496 : STATES == 2 ? 48512 : 47744), "as the host has it");
+#endif
 
 // What makes tables and the copies of maps. The place of the copies holds a map itself, and what its table is made from, before.
 DEVICE void fill(Shared& shared, u8* rows) {
@@ -176,7 +203,6 @@ struct Steps {
     const Request& request;
     const float factor;
     const Maps maps;
-    const u32 ring;  // that of this warp
 
     // The numbers for whole blocks with 8-bit states.
     DEVICE Scalars numbers() const {
@@ -213,80 +239,34 @@ struct Steps {
         return true;
     }
 
-#ifdef RINGS
-    // Whether states can be had by 16 bytes, and there are rings: GPUs that have less shared memory, as those of capability 12.0, are
-    // asked for what comes before these alone.
-    DEVICE bool copyable() const {
-        u32 bytes;
-        asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
-        u64 all = 0;
-#pragma unroll
-        for (u32 s = 0; s < STATES; ++s) all |= u64(slot.at.states[s]);
-        return all % 16 == 0 && bytes >= SHARED_BYTES;
-    }
-
-    // The same for every `stride`-th block from `number` up to `end`, of 16-bit types. DEPTH blocks are under way while one is worked
-    // on. Returns the first block that is not done: one past the end, or one that a Part does not do.
-    template <u32 TYPE> DEVICE u32 run(u32 number, const u32 stride, const u32 end, const u32 lane) const {
-        constexpr u32 PAIRS = (STATES + 1) / 2;  // of states, each copied by half of a warp
+#ifdef TILES
+    // A warp's blocks of every `stride`-th tile from `tile` up to `end`, of 16-bit types. Returns the first that is not done: one past
+    // the end, or one that a Part does not do, and that is the next one of `tiles`.
+    template <u32 TYPE> DEVICE u32 run(Places& tiles, u32 tile, const u32 stride, const u32 end, const u32 warp, const u32 lane) const {
         const Scalars k = numbers();
-        u8* const parameter_at = slot.at.p + lane * 16;
-        const u8* const gradient_at = slot.grad + lane * 16;
-        const u8* pairs_at[PAIRS];
-#pragma unroll
-        for (u32 j = 0; j < PAIRS; ++j) pairs_at[j] = slot.at.states[min(2 * j + lane / 16, STATES - 1)] + lane % 16 * 16;
-        u8* states_at[STATES];
-        float* scales_at[STATES];
-#pragma unroll
-        for (u32 s = 0; s < STATES; ++s) states_at[s] = slot.at.states[s] + lane * 8, scales_at[s] = slot.at.absmax[s];
-        const u32 wide = ring + lane * 16, narrow = ring + 1024 + lane * 8;
-        auto ask = [&](u32 place, u32 block) {
-            if (block < end) {
-                copy16(wide + place, parameter_at + u64(block) * 512);
-                copy16(wide + place + 512, gradient_at + u64(block) * 512);
-#pragma unroll
-                for (u32 j = 0; j < PAIRS; ++j)
-                    if (2 * j + 1 < STATES || lane < 16) copy16(wide + place + 1024 + j * 512, pairs_at[j] + u64(block) * 256);
-            }
-            commit();
-        };
-        float next[STATES];
-        auto ask_scales = [&](u32 block) {
-#pragma unroll
-            for (u32 s = 0; s < STATES; ++s) next[s] = block < end ? load_float(scales_at[s] + block) : 0.f;
-        };
-        u32 ahead = number;  // fewer than 2^31 blocks in all, so that this does not overflow
-#pragma unroll
-        for (u32 d = 0; d < DEPTH; ++d, ahead += stride) ask(d * PLACE_BYTES, ahead);
-        ask_scales(number);
-        u32 place = 0;
-        for (; number < end; number += stride, ahead += stride) {
-            wait_for_copies<DEPTH - 1>();
-            __syncwarp();  // what other lanes have copied
+        for (; tile < end; tile += stride) {
+            const Spots spots(tiles.place(), warp, lane);
+            tiles.wait();
             Raw parameter, gradient;
             Part part;
-            const uint4 a = load_uint4(wide + place), b = load_uint4(wide + place + 512);
-            parameter.words[0] = a.x, parameter.words[1] = a.y, parameter.words[2] = a.z, parameter.words[3] = a.w;
-            gradient.words[0] = b.x, gradient.words[1] = b.y, gradient.words[2] = b.z, gradient.words[3] = b.w;
+            spots.load(parameter, gradient);
 #pragma unroll
-            for (u32 s = 0; s < STATES; ++s) part.codes[s] = load_uint2(narrow + place + s * 256), part.scales[s] = next[s];
-            __syncwarp();  // before others copy to where this lane has read
-            ask(place, ahead);
-            ask_scales(number + stride);
-            place = place == (DEPTH - 1) * PLACE_BYTES ? 0 : place + PLACE_BYTES;
+            for (u32 s = 0; s < STATES; ++s) part.codes[s] = load_codes(spots.codes(s)), part.scales[s] = load_float(spots.scale(s));
             float p[8], g[8];
             parameter.get(TYPE, p);
             gradient.get(TYPE, g);
             if (!part.advance(maps, k, factor, p, g)) break;
             part.move(k, p);
             parameter.put(TYPE, p);
-            store_four(parameter_at + u64(number) * 512, parameter.words[0], parameter.words[1], parameter.words[2], parameter.words[3]);
+            spots.store(parameter);
 #pragma unroll
-            for (u32 s = 0; s < STATES; ++s) part.store(maps, s, states_at[s] + u64(number) * 256, scales_at[s] + number, lane == 0);
+            for (u32 s = 0; s < STATES; ++s) {
+                store_codes(spots.codes(s), maps.encode<true>(s, part.states[s], part.scales[s]));
+                if (lane == 0) store_float(spots.scale(s), part.scales[s]);
+            }
+            tiles.hand_over(lane);
         }
-        wait_for_copies<0>();
-        __syncwarp();
-        return number;
+        return tile;
     }
 #endif
 };
@@ -375,55 +355,134 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (request.factors.is_off()) return;
     u8* const rows = memory + ROWS_AT;
-    if (request.group.reserved == 0) fill(shared, rows);  // there are 8-bit states, and room for their maps
+    if (request.group.has_codes()) fill(shared, rows);
     const u32 lane = threadIdx.x % WARP;
     const u32 together = blockDim.x / WARP, warps = gridDim.x * together;
     Slot& slot = shared.slots[threadIdx.x / WARP];
-    if (lane == 0) slot.k = request.scalars, slot.trust = 1.f;
+    if (lane == 0) slot.k = request.scalars, slot.trust = 1.f, slot.place = Place{};
+#ifdef TILES
+    if (lane == 0) slot.walk = Walk{};
+#endif
     __syncwarp();
     const Maps maps{shared_address(rows), lane % COPIES * 4, shared.first.place(), BOTH ? shared.last.place() : 0};
-    const u32 ring = shared_address(memory) + RINGS_AT + threadIdx.x / WARP * (DEPTH * PLACE_BYTES);
-    Steps steps{slot, request, request.factors.all(), maps, ring};
-    Place place;
-    for (u32 block = u32(request.from) + blockIdx.x * together + threadIdx.x / WARP; block < u32(request.to); block += warps) {
-        if (place.seek(request.group, block, lane)) {
+    const Steps steps{slot, request, request.factors.all(), maps};
+    // Has a warp know a parameter.
+    auto open = [&](u32 which) {
+        __syncwarp();
+        auto copy = [&](void* to, const void* from, u32 words) {
+            if (lane < words) static_cast<u32*>(to)[lane] = __ldg(static_cast<const u32*>(from) + lane);
+        };
+        copy(&slot.at, request.group.at(which), sizeof(Parameter) / 4);
+        copy(&slot.grad, request.group.words + which, 2);
+        if (request.each != nullptr) copy(&slot.k, request.each + which, sizeof(Scalars) / 4);
+        __syncwarp();
+        if (!SUMS && request.slices != nullptr) {
+            const double2 part = request.slices[u64(which) * SLICES + lane];
+            const double length = sqrt(warp_sum(part.x)), update = sqrt(warp_sum(part.y));
+            const double most = double(slot.k.trust) * length + double(slot.k.trust_eps);
+            if (lane == 0) slot.trust = slot.k.trust > 0.f && update > most ? float(most / update) : 1.f;
             __syncwarp();
-            auto copy = [&](void* to, const void* from, u32 words) {
-                if (lane < words) static_cast<u32*>(to)[lane] = __ldg(static_cast<const u32*>(from) + lane);
-            };
-            copy(&slot.at, request.group.at(place.which), sizeof(Parameter) / 4);
-            copy(&slot.grad, request.group.words + place.which, 2);
-            if (request.each != nullptr) copy(&slot.k, request.each + place.which, sizeof(Scalars) / 4);
-            __syncwarp();
-            if (!SUMS && request.slices != nullptr) {
-                const double2 part = request.slices[u64(place.which) * SLICES + lane];
-                const double length = sqrt(warp_sum(part.x)), update = sqrt(warp_sum(part.y));
-                const double most = double(slot.k.trust) * length + double(slot.k.trust_eps);
-                if (lane == 0) slot.trust = slot.k.trust > 0.f && update > most ? float(most / update) : 1.f;
+        }
+    };
+#ifdef TILES
+    const u32 warp = threadIdx.x / WARP, places = shared_address(memory) + TILES_AT;
+    // The tiles of a parameter that are within the request: from the first up to the second.
+    auto tiles_of = [&](u32 first, u32& begin, u32& end) {
+        const u32 blocks = u32(slot.at.n / BLOCK), from = u32(request.from), to = u32(request.to);
+        begin = from > first ? (from - first + TILE - 1) / TILE : 0;
+        end = max(begin, to > first ? min(to - first, blocks) / TILE : 0);
+    };
+    // Goes through tiles up to a block that a Part does not do: true; or through all of them, and warp TILE copies them.
+    auto next_in_tile = [&] {
+        Walk w = slot.walk;
+        Places tiles{places, shared.tiles, w.turn, w.parity};
+        for (;;) {
+            if (w.tile >= w.end) {  // another parameter
+                while (w.candidates == 0) {
+                    if (w.base >= request.group.count) {
+                        if (warp == TILE && lane == 0) tiles.finish();
+                        return false;
+                    }
+                    const u32 at = w.base + lane;
+                    w.candidates = __ballot_sync(ALL_LANES, at < request.group.count && request.group.at(at)->tiled());
+                    w.base += WARP;
+                }
+                const u32 which = w.base - WARP + __ffs(w.candidates) - 1;
+                w.candidates &= w.candidates - 1;
+                open(which);
+                if (slot.grad == nullptr) continue;
+                tiles_of(request.group.start(which), w.tile, w.end);
+                const u32 count = w.end - w.tile;
+                w.tile += (blockIdx.x + gridDim.x - w.numbered % gridDim.x) % gridDim.x;
+                w.numbered += count;
+            }
+            if (warp == TILE) {
+                for (; w.tile < w.end; w.tile += gridDim.x) {
+                    if (lane != 0) continue;
+                    Places::Source from;
+                    from.p = slot.at.p + u64(w.tile) * (TILE * 512);
+#pragma unroll
+                    for (u32 s = 0; s < STATES; ++s) {
+                        from.states[s] = slot.at.states[s] + u64(w.tile) * (TILE * 256);
+                        from.absmax[s] = reinterpret_cast<u8*>(slot.at.absmax[s] + u64(w.tile) * TILE);
+                    }
+                    tiles.ask(from, slot.grad + u64(w.tile) * (TILE * 512));
+                }
+                continue;
+            }
+            w.tile = slot.at.type() == BF16_TYPE ? steps.template run<BF16_TYPE>(tiles, w.tile, gridDim.x, w.end, warp, lane)
+                                                 : steps.template run<F16_TYPE>(tiles, w.tile, gridDim.x, w.end, warp, lane);
+            if (w.tile < w.end) {
+                w.turn = tiles.turn, w.parity = tiles.parity;
+                if (lane == 0) slot.walk = w;
+                __syncwarp();
+                return true;
+            }
+        }
+    };
+    bool tiled = !EXTRAS && !SUMS && request.group.has_tiles();
+    if (tiled) Places{places, shared.tiles}.start();
+#else
+    constexpr bool tiled = false;
+#endif
+    u32 round = 0;  // of all warps together, over blocks that are worked on directly
+    for (;;) {
+#ifdef TILES
+        if (tiled) tiled = next_in_tile();
+#endif
+        u32 block = 0;
+        if (!tiled) {
+            block = u32(request.from) + blockIdx.x * together + threadIdx.x / WARP + round++ * warps;
+            if (block >= u32(request.to)) return;
+            Place place = slot.place;
+            if (place.seek(request.group, block, lane)) {
+                open(place.which);
+                if (lane == 0) slot.place = place;
                 __syncwarp();
             }
         }
+        const u32 number = block - slot.place.first;
+#ifdef TILES
+        if (!EXTRAS && !SUMS && !tiled && request.group.has_tiles() && slot.at.tiled()) {
+            u32 from, to;
+            tiles_of(slot.place.first, from, to);
+            if (number >= from * TILE && number < to * TILE) {
+                round += (to * TILE - 1 - number) / warps;  // the last of them
+                continue;
+            }
+        }
+#endif
         if (slot.grad == nullptr) {
             if (SUMS && lane == 0) sums[block] = make_float2(0.f, 0.f);
             continue;
         }
-        const u32 number = block - place.first;
-        const bool whole = slot.at.aligned() && number < u32(slot.at.n / BLOCK), eight = slot.at.eight();
+        const bool whole = tiled || (slot.at.aligned() && number < u32(slot.at.n / BLOCK)), eight = slot.at.eight();
         const Spot spot{number, lane, whole, slot.at.n};
         const bool master = (EXTRAS || SUMS) && slot.at.master();
-        if (!EXTRAS && !SUMS && whole && eight && !request.skip_zeros && slot.at.type() == slot.at.grad_type()) {
+        if (!EXTRAS && !SUMS && !tiled && whole && eight && !request.skip_zeros && slot.at.type() == slot.at.grad_type()) {
             const u32 type = slot.at.type();
-#ifdef RINGS
-            if (type != F32_TYPE && steps.copyable()) {
-                const u32 end = min(u32(slot.at.n / BLOCK), u32(request.to) - place.first);
-                const u32 left = type == BF16_TYPE ? steps.template run<BF16_TYPE>(number, warps, end, lane)
-                                                   : steps.template run<F16_TYPE>(number, warps, end, lane);
-                if (left != number) {
-                    block = place.first + left - warps;  // the loop goes on from there
-                    continue;
-                }
-            }
-            const bool done = steps.quick(type, spot);  // here it is for what has no ring: one form is enough
+#ifdef TILES
+            const bool done = steps.quick(type, spot);  // here it is for smaller parameters: one form is enough
 #else
             const bool done = type == BF16_TYPE  ? steps.quick(BF16_TYPE, spot)
                               : type == F16_TYPE ? steps.quick(F16_TYPE, spot)
@@ -433,8 +492,17 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         }
         Work work(steps);
         Raw p, g;
-        p.load(master ? slot.at.extra : slot.at.p, master ? u32(F32_TYPE) : slot.at.type(), spot);
-        g.load(slot.grad, slot.at.grad_type(), spot);
+#ifdef TILES
+        const Spots spots(places + slot.walk.turn * Places::PLACE_BYTES, warp, lane);
+        if (tiled) {
+            p = g = Raw{};
+            spots.load(p, g);
+        } else
+#endif
+        {
+            p.load(master ? slot.at.extra : slot.at.p, master ? u32(F32_TYPE) : slot.at.type(), spot);
+            g.load(slot.grad, slot.at.grad_type(), spot);
+        }
 #pragma unroll
         for (u32 s = 0; s < STATES; ++s) {
             const u8* from = slot.at.states[s];
@@ -444,11 +512,19 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
                 raw.get(F32_TYPE, work.states[s]);
                 continue;
             }
-            const float stored = load_float(slot.at.absmax[s] + number);
+            float stored;
             uint2 codes;
+#ifdef TILES
+            if (tiled) {
+                stored = load_float(spots.scale(s));
+                codes = load_codes(spots.codes(s));
+            } else
+#endif
             if (whole) {
+                stored = load_float(slot.at.absmax[s] + number);
                 codes = load_two(from + spot.offset(1));
             } else {
+                stored = load_float(slot.at.absmax[s] + number);
                 const u8* at = from + spot.offset(1);
                 const u32 count = spot.count();
                 u32 words[2] = {};
@@ -491,6 +567,14 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
             }
             const float scale = as_float(largest(s, work.states[s]));
             const uint2 codes = maps.encode<false>(s, work.states[s], scale);
+#ifdef TILES
+            if (tiled) {
+                // All lanes have read the scale: they have met for the largest magnitude.
+                if (lane == 0) store_float(spots.scale(s), scale);
+                store_codes(spots.codes(s), codes);
+                continue;
+            }
+#endif
             if (lane == 0) slot.at.absmax[s][number] = scale;
             if (whole) {
                 store_two(to + spot.offset(1), codes);
@@ -504,6 +588,16 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         }
         if (EXTRAS) work.move_with_extras(slot.at.type(), spot);
         p.put(slot.at.type(), work.p);
+#ifdef TILES
+        if (tiled) {
+            spots.store(p);
+            Places tiles{places, shared.tiles, slot.walk.turn, slot.walk.parity};
+            tiles.hand_over(lane);
+            if (lane == 0) slot.walk.tile += gridDim.x, slot.walk.turn = tiles.turn, slot.walk.parity = tiles.parity;
+            __syncwarp();
+            continue;
+        }
+#endif
         p.store(slot.at.p, slot.at.type(), spot);
     }
 }

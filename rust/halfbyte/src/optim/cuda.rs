@@ -41,6 +41,9 @@ const WORDS: usize = 12;
 /// Words that a launch of `optim_upload` takes.
 const MOST_WORDS: usize = 480;
 
+/// Elements from which on a parameter is worked on by tiles on Hopper: with fewer, not every multiprocessor has a tile.
+const LARGE: usize = 1 << 20;
+
 /// Numbers of parts that a parameter's sums of squares are made of, in cuda/include/optim.cuh.
 const SLICES: usize = 32;
 
@@ -52,6 +55,8 @@ pub struct Table {
     extras: bool,
     /// Whether there are 8-bit states.
     coded: bool,
+    /// Whether there are parameters that are worked on by tiles, or there have been.
+    tiled: bool,
 }
 
 /// Where a group's data are in device memory.
@@ -87,7 +92,8 @@ impl Table {
         words[count * (WORDS + 2)] = blocks;
         let extras = entries.iter().any(|entry| entry.master != 0 || entry.compensation != 0);
         let coded = entries.iter().any(|entry| entry.eight);
-        Self { count, words, extras, coded }
+        let tiled = entries.iter().any(Entry::tiled);
+        Self { count, words, extras, coded, tiled }
     }
 
     /// Number of parameters.
@@ -114,6 +120,7 @@ impl Table {
     pub fn set_grad(&mut self, i: usize, entry: &Entry) {
         self.words[i] = entry.grad.0;
         self.words[self.count + i * WORDS + 9] = entry.about();
+        self.tiled |= entry.tiled();
     }
 
     /// Sends what differs from `before`, which is what is at `memory` already (empty for nothing).
@@ -142,13 +149,25 @@ impl Table {
         &self.words
     }
 
+    /// `Group` of cuda/include/optim.cuh. No tiles unless a step adds them.
     fn group(&self, memory: &Memory) -> [u64; 2] {
-        // The second word's upper half tells the kernels that there is no room for maps.
-        [memory.table, self.count as u64 | u64::from(!self.coded) << 32]
+        [memory.table, self.count as u64 | u64::from(self.coded) << 32]
     }
 }
 
 impl Entry {
+    /// Whether whole tiles of it can be copied in bulk: all begins at multiples of 16, and tiles are multiples of 16 bytes.
+    fn tiled(&self) -> bool {
+        let aligned = |pointers: &[Pointer]| pointers.iter().all(|p| p.is_multiple_of(16));
+        self.eight
+            && self.n >= LARGE
+            && self.p.1 == self.grad.1
+            && matches!(self.p.1, Some(Dtype::Bf16 | Dtype::F16))
+            && aligned(&[self.p.0, self.grad.0])
+            && aligned(&self.states)
+            && aligned(&self.absmax)
+    }
+
     /// Types, and which ways are to be taken: `Parameter::about` of cuda/include/optim.cuh.
     fn about(&self) -> u64 {
         let kind = |dtype: Option<Dtype>| dtype.map_or(0, dtype_index) as u64;
@@ -162,6 +181,7 @@ impl Entry {
             | u64::from(aligned) << 5
             | u64::from(self.master != 0) << 6
             | u64::from(self.compensation != 0) << 7
+            | u64::from(self.tiled()) << 8
             | u64::from(self.index) << 32
     }
 
@@ -257,35 +277,69 @@ fn number(rule: Rule) -> u32 {
     }
 }
 
-/// The launch of a kernel of cuda/src/optim.cu for a group with 8-bit states, `coded`, or without: threads and shared memory are
-/// as it has them.
-fn launch(kernel: &Kernel, stream: &Stream, rule: Rule, extras: bool, coded: bool, blocks: u64) -> Result<Launch> {
-    const SLOT: u32 = 176;
+/// What the kernels of cuda/src/optim.cu for rules with a number of states have, on Hopper and later or before.
+struct Geometry {
+    /// Warps of a kernel without extras.
+    warps: u32,
+    /// Bytes of shared memory that each warp has to itself.
+    slot: u32,
+    /// Bytes of shared memory of a group with 8-bit states.
+    direct: u32,
+    /// The same with places for tiles.
+    tiled: u32,
+}
+
+impl Geometry {
+    const fn of(hopper: bool, states: u32) -> Self {
+        // Blocks of a tile, and tiles at a time. A warp more copies them.
+        let (tile, depth) = match (hopper, states) {
+            (true, 1) => (24, 4),
+            (true, 2) => (24, 3),
+            (true, _) => (20, 3),
+            (false, _) => (0, 0),
+        };
+        let warps = match (hopper, states) {
+            (true, _) => tile + 1,
+            (false, 1 | 2) => 24,
+            (false, _) => 20,
+        };
+        let slot = if hopper { 216 } else { 184 };
+        let barriers = depth * (16 + 8 * (1 + 2 * states));
+        let (signed, unsigned) = (4 * 2 * 1729, 4 * 3457);
+        let maps = if states > 1 { 2 } else { 1 };
+        let tables = slot * warps + barriers + signed + (maps - 1) * unsigned;
+        let row = if hopper { 256 } else { 8 * 4 * maps };
+        let direct = tables.next_multiple_of(128) + 256 * row;
+        Self { warps, slot, direct, tiled: direct + depth * (tile * (1024 + states * 260)).next_multiple_of(128) }
+    }
+}
+
+/// The launch of a kernel of cuda/src/optim.cu for some blocks of a group, and whether large parameters go by tiles.
+fn launch(
+    kernel: &Kernel,
+    stream: &Stream,
+    rule: Rule,
+    extras: bool,
+    table: &Table,
+    blocks: u64,
+    tiles: bool,
+) -> Result<(Launch, bool)> {
     const EXTRAS_THREADS: u32 = 512;
-    let states = rule.signed().len() as u32;
-    let gpu = device(stream.device)?;
-    let hopper = gpu.capability >= 90;
-    let (warps, depth) = match (hopper, states) {
-        (true, 1) => (24, 4),
-        (true, 2) => (24, 3),
-        (true, _) => (16, 4),
-        (false, 1 | 2) => (24, 0),
-        (false, _) => (20, 0),
-    };
-    let (signed, unsigned) = (4 * 2 * 1729, 4 * 3457);
-    let maps = 1 + u32::from(states > 1);
-    let tables = SLOT * warps + signed + (maps - 1) * unsigned;
-    let row = if hopper { 256 } else { 8 * 4 * maps };
+    let device = device(stream.device)?;
+    let hopper = device.capability >= 90;
+    let Geometry { warps, slot, direct, tiled } = Geometry::of(hopper, rule.signed().len() as u32);
+    let tiles = tiles && table.tiled && hopper && tiled <= device.shared_memory;
     let threads = if extras { EXTRAS_THREADS } else { 32 * warps };
-    let places = warps * depth * (1024 + states * 256);
-    let shared = tables.next_multiple_of(128) + 256 * row;
-    // Places where there is room for all of them.
-    let shared = if shared + places <= gpu.shared_memory { shared + places } else { shared };
-    // More warps than these ask for 32-bit states faster than the memory likes. How many blocks there are at once is asked for with
-    // what 8-bit states take, so that it is the same for both: one on a multiprocessor, as registers have it.
-    let used = if coded || !hopper { threads } else { threads.min(512) };
-    let launch = kernel.filling(stream.device, blocks.div_ceil(u64::from(used / 32)), threads, shared)?;
-    Ok(Launch { threads: used, shared: if coded { shared } else { SLOT * warps }, ..launch })
+    // More warps than these ask for 32-bit states faster than the memory likes.
+    let used = if table.coded || !hopper { threads } else { threads.min(512) };
+    // How many blocks there are at once is asked for with what 8-bit states take, so that it is the same for both.
+    let launch = kernel.filling(stream.device, blocks.div_ceil(u64::from(used / 32)), threads, direct)?;
+    let shared = match (table.coded, tiles) {
+        (false, _) => slot * warps,
+        (true, false) => direct,
+        (true, true) => tiled,
+    };
+    Ok((Launch { threads: used, shared, ..launch }, tiles))
 }
 
 /// # Safety
@@ -373,9 +427,10 @@ pub unsafe fn step(
         Numbers::Same(scalars) => (*scalars, 0),
         Numbers::Each => (Scalars::default(), memory.each),
     };
-    let request = |slices: Pointer| {
+    let request = |slices: Pointer, tiles: bool| {
         let mut words = Vec::with_capacity(24);
         words.extend(table.group(memory));
+        words[1] |= u64::from(tiles) << 33;
         words.extend(words_of::<_, 8>(&same));
         words.push(each);
         words.push(u64::from(common.scale.to_bits()) | u64::from(factors.max_norm.to_bits()) << 32);
@@ -390,8 +445,8 @@ pub unsafe fn step(
     let mut slices = 0;
     if rule.has_trust() {
         let kernel = &SUMS[usize::from(rule == Rule::Lars)];
-        let launch = launch(kernel, stream, rule, false, table.coded, to - from)?;
-        let mut arguments = Arguments::default().block(&request(0)).u64(memory.sums);
+        let (launch, _) = launch(kernel, stream, rule, false, table, to - from, false)?;
+        let mut arguments = Arguments::default().block(&request(0, false)).u64(memory.sums);
         // SAFETY: the arguments are those of the kernel; the caller vouches for the pointers.
         unsafe { kernel.launch(stream, launch, &mut arguments) }?;
         // SAFETY: as above.
@@ -399,9 +454,9 @@ pub unsafe fn step(
         slices = memory.slices;
     }
     let kernel = if extras { &STEP_WITH_EXTRAS[law(rule)] } else { &STEP[law(rule)] };
-    let launch = launch(kernel, stream, rule, extras, table.coded, to - from)?;
+    let (launch, tiles) = launch(kernel, stream, rule, extras, table, to - from, !extras && !common.skip_zeros)?;
     // SAFETY: as above.
-    unsafe { kernel.launch(stream, launch, &mut Arguments::default().block(&request(slices))) }?;
+    unsafe { kernel.launch(stream, launch, &mut Arguments::default().block(&request(slices, tiles))) }?;
     if rule.has_trust() {
         let mut arguments = Arguments::default()
             .block(&table.group(memory))
@@ -450,4 +505,58 @@ pub unsafe fn add_squares(
         .u64(root);
     // SAFETY: as above.
     unsafe { TOTAL.launch(stream, Launch::new((1, 1), 256), &mut arguments) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernels assert of themselves when they are compiled.
+    #[test]
+    fn shared_memory_is_what_the_kernels_have() {
+        let bytes = |hopper| [1, 2, 3].map(|states| Geometry::of(hopper, states).tiled);
+        assert_eq!(bytes(true), [208_384, 210_176, 206_336]);
+        assert_eq!(bytes(false), [26_496, 48_512, 47_744]);
+        // GPUs whose blocks have 99 KB do without tiles.
+        for states in 1..=3 {
+            assert!(Geometry::of(true, states).direct <= 99 << 10);
+        }
+    }
+
+    fn entry(n: usize) -> Entry {
+        let (p, grad) = ((1 << 20, Some(Dtype::Bf16)), (1 << 30, Some(Dtype::Bf16)));
+        Entry {
+            p,
+            grad,
+            n,
+            eight: true,
+            states: [1 << 8, 1 << 9, 0],
+            absmax: [1 << 10, 1 << 11, 0],
+            ..Entry::default()
+        }
+    }
+
+    #[test]
+    fn tiles_are_for_large_parameters_that_can_be_copied_in_bulk() {
+        let large = entry(LARGE);
+        let none = [
+            entry(LARGE - 1),
+            Entry { eight: false, ..large },
+            Entry { grad: (large.grad.0, Some(Dtype::F16)), ..large },
+            Entry { p: (large.p.0, Some(Dtype::F32)), grad: (large.grad.0, Some(Dtype::F32)), ..large },
+            Entry { p: (large.p.0 + 8, large.p.1), ..large },
+            Entry { grad: (large.grad.0 + 8, large.grad.1), ..large },
+            Entry { states: [large.states[0], large.states[1] + 8, 0], ..large },
+            Entry { absmax: [large.absmax[0] + 4, large.absmax[1], 0], ..large },
+        ];
+        assert!(large.tiled() && large.about() & 256 != 0);
+        for other in none {
+            assert!(!other.tiled() && other.about() & 256 == 0, "{other:?}");
+        }
+        let small = Table::new(&none);
+        assert!(!small.tiled);
+        let mut table = Table::new(&[entry(100), none[5]]);
+        table.set_grad(1, &large);
+        assert!(table.tiled);
+    }
 }
