@@ -153,19 +153,19 @@ MISTAKES = {
     ),
     "a stage is filled before it is empty": (
         "stream bf16",
-        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        if (lane == 0) barrier_expect",
-        "        if (lane == 0) barrier_expect",
+        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<0, HALF>",
+        "        copy_weights<0, HALF>",
     ),
     "sums are added before all are there": (
         "stream bf16",
         "                named_barrier(1, threads);\n                for (u32 i = threadIdx.x; i < min(COUNT",
         "                for (u32 i = threadIdx.x; i < min(COUNT",
     ),
-    "a barrier counts too few": ("stream f16", "whole ? WARP : 1);", "whole ? WARP - 1 : 1);"),
+    "a barrier counts too few": ("stream f16", "whole ? 2 + WARP", "whole ? 1 + WARP"),
     "a barrier of codes counts too few": (
         "stream nested f16",
-        "1 + (nested ? 2 * WARP",
-        "1 + (nested ? 2 * WARP - 1",
+        "nested ? 3 + 2 * WARP",
+        "nested ? 2 + 2 * WARP",
     ),
     "x is read before it has come": (
         "wgmma bf16 16",

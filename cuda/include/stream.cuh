@@ -83,28 +83,32 @@ struct Walk {
     }
 };
 
-// Copies weights in bulk: a lane has a row of a stage, up to 1 KB. (More than these 32 copies a stage would take the warp longer than the
-// others take for the stage: it issues them one by one.)
+// Copies rows [BEGIN, END) of a stage's weights in bulk, a lane a row, up to 1 KB. A warp issues such copies one by one, about 60 cycles each:
+// all 32 rows would take it as long as the others take for the stage, so those that serve share them.
+template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const Weight& weight, u32 stage, const Walk& at, u32 lane) {
+    const u32 end = min(END, share.rows(at.row0())), row = BEGIN + lane, bytes = at.width() * 32, full = share.full + stage * 8;
+    if (lane == 0) barrier_expect(full, end > BEGIN ? (end - BEGIN) * bytes : 0);
+    __syncwarp();
+    if (row < end)
+        bulk_load(share.stage(stage) + row * ROW_BYTES, weight.packed + u64(at.row0() + row) * share.blocks * 32 + at.block() * 32, bytes, full);
+}
+constexpr u32 HALF = ROWS / 2, QUARTER = ROWS / 4;
+
 DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
-    static_assert(ROWS == WARP, "a row a lane");
-    const u64 row_bytes = u64(share.blocks) * 32;
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
-        const u32 rows = share.rows(at.row0()), bytes = at.width() * 32, full = share.full + turn.stage * 8;
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (lane == 0) barrier_expect(full, rows * bytes);
-        __syncwarp();
-        if (lane < rows)
-            bulk_load(share.stage(turn.stage) + lane * ROW_BYTES, weight.packed + (at.row0() + lane) * row_bytes + at.block() * 32, bytes, full);
+        copy_weights<0, HALF>(share, weight, turn.stage, at, lane);
         turn.next();
     }
 }
 
-// Plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
+// The second half of the rows, and plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
 DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         // Four rows at a time, eight chunks of 16 bytes each.
         const u32 first_row = lane / 8, chunk = lane % 8, rows = share.rows(at.row0());
         const bool valid = chunk < at.width() / 4;
@@ -121,8 +125,8 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     }
 }
 
-// Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
-// has half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
+// A quarter of the rows, and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two has
+// scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
 // half of a row's. `map` is filled by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
     constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
@@ -167,6 +171,8 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) words[w] = load_word(from + row * CODE_ROW + (half * WORDS + w) * 4);
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        if (part == 0) copy_weights<HALF, HALF + QUARTER>(share, weight, turn.stage, now, lane);
+        else copy_weights<HALF + QUARTER, ROWS>(share, weight, turn.stage, now, lane);
         const u32 to = share.scales(turn.stage) + (row * SCALE_FLOATS + half * WORDS * 4) * 4;
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) {
@@ -180,7 +186,7 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
     }
 }
 
-// Any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the ring does not matter.
+// The second half of the rows, and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the ring does not matter.
 DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
     constexpr u32 BATCH = 8;
     Turn turn;
@@ -189,6 +195,7 @@ DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_bloc
     const float offset = plain ? 0.f : __ldg(weight.offset);
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
         const u32 width = lane < share.rows(at.row0()) ? at.width() : 0;
         const u64 row = u64(at.row0() + lane) * share.blocks + at.block();

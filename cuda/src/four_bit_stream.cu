@@ -137,8 +137,8 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         const bool nested = NESTED && rows_of_four && nested_shift >= 5 && reinterpret_cast<u64>(weight.absmax) % 4 == 0;
         const bool whole = !NESTED && rows_of_four && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
         if (warp == share.warps) {
-            // That bytes are expected, and those who bring scales.
-            const u32 arrivals = 1 + (nested ? 2 * WARP : whole ? WARP : 1);
+            // Of each warp that expects bytes, and of those who bring scales.
+            const u32 arrivals = nested ? 3 + 2 * WARP : whole ? 2 + WARP : 2 + 1;
             if (lane < STAGES) barrier_init(share.full + lane * 8, arrivals), barrier_init(share.empty + lane * 8, share.warps);
             barrier_init_fence();
         }
