@@ -4,7 +4,6 @@
 
 #include "hopper.cuh"
 
-inline void barrier_expect(u32 barrier, u32 bytes) { machine::barrier_expect(barrier, bytes); }
 inline void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
     if (to % 16 || u64(from) % 16 || bytes % 16 || bytes == 0) machine::fail("a copy in bulk is misaligned");
     std::memset(machine::place(to, bytes), 0xff, bytes);  // NaN until it has landed

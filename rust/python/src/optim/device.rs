@@ -4,7 +4,7 @@ use halfbyte::optim::cuda::{self, Entry, Factors, Memory as Places, Numbers, Tab
 use halfbyte::optim::{Rule, Scalars};
 use std::ops::Range;
 
-use halfbyte::device::cuda::{Stream, capture_of, memory_left, prefetch};
+use halfbyte::device::cuda::{Stream, capture_of, is_resident, memory_left, prefetch};
 use halfbyte::optim::BLOCK;
 use halfbyte::{Dtype, Error};
 use pyo3::intern;
@@ -121,8 +121,8 @@ impl Memory {
 }
 
 /// A slot as the table has it.
-fn entry(slot: &Slot, gradient: &Gradient<'_>, index: usize, place: Place) -> PyResult<Entry> {
-    let places = &slot.places;
+fn entry(slot: &Slot, gradient: &Gradient<'_>, index: usize, device: i32) -> PyResult<Entry> {
+    let (places, place) = (&slot.places, Place::Cuda(device));
     let mut grad = (0, None);
     if let Some(found) = &gradient.tensor {
         found.expect_place(place).map_err(raise)?;
@@ -141,6 +141,7 @@ fn entry(slot: &Slot, gradient: &Gradient<'_>, index: usize, place: Place) -> Py
         step: slot.step_at as u64,
         update_squares: places.unorm as u64,
         index: index as u32,
+        resident: places.resident && (grad.0 == 0 || is_resident(device, grad.0).map_err(raise)?),
     })
 }
 
@@ -153,16 +154,16 @@ fn stream_of(py: Python<'_>, device: i32, slots: &[Slot]) -> PyResult<Stream> {
 fn entries(
     py: Python<'_>,
     rule: Rule,
-    place: Place,
+    device: i32,
     slots: &mut [Slot],
     gradients: &[Gradient<'_>],
 ) -> PyResult<Vec<Entry>> {
     let mut entries = Vec::with_capacity(slots.len());
     for (index, (slot, gradient)) in slots.iter_mut().zip(gradients).enumerate() {
         if gradient.tensor.is_some() {
-            slot.refresh(py, rule, place)?;
+            slot.refresh(py, rule, Place::Cuda(device))?;
         }
-        entries.push(entry(slot, gradient, index, place)?);
+        entries.push(entry(slot, gradient, index, device)?);
     }
     Ok(entries)
 }
@@ -202,7 +203,7 @@ pub(super) fn step(
             slot.read_steps(py)?;
         }
     }
-    let entries = entries(py, rule, place, slots, gradients)?;
+    let entries = entries(py, rule, device, slots, gradients)?;
     if count == 0 {
         return Ok(0);
     }
@@ -339,7 +340,7 @@ pub(super) fn add_squares(
 ) -> PyResult<()> {
     let stream = stream_of(py, device, slots)?;
     let capture = capture_of(&stream).map_err(raise)?;
-    let entries = entries(py, rule, Place::Cuda(device), slots, gradients)?;
+    let entries = entries(py, rule, device, slots, gradients)?;
     let places = memory.send(py, &stream, capture, &entries, true)?;
     // SAFETY: the table is sent and was checked; torch keeps memory for as long as its stream needs it.
     unsafe { cuda::add_squares(&stream, &memory.table, &places, total, is_first, root) }.map_err(raise)
