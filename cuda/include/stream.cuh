@@ -11,8 +11,9 @@ constexpr u32 SLICE = 2;        // blocks of 64 that a warp has of a stage
 constexpr u32 ROWS = 32;        // of a stage: two tiles
 constexpr u32 GROUP = 8;        // tiles whose sums are in registers at a time
 
-// The pair table (mma.cuh) at 64 K from where the block's shared memory begins (which in a cluster is not at 0), in rows of 256 bytes: then one byte permutation
-// makes a look-up's address. Between the rows are 128 bytes for something else, and dynamic shared memory lies on both sides.
+// The pair table (mma.cuh) at 64 K from where the block's shared memory begins (which in a cluster is not at 0), in rows of 256 bytes:
+// then one byte permutation makes a look-up's address. Between the rows are 128 bytes for something else, and dynamic shared memory
+// lies on both sides.
 struct SpacedPairs {
     static constexpr u32 AT = 65536, ROW = 256, BYTES = 256 * ROW, GAP_AT = WARP * 4;
     u32 lane_copy;  // address + 4 · lane
@@ -125,8 +126,8 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     }
 }
 
-// A quarter of the rows, and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two has
-// scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
+// A quarter of the rows, and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
+// has scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
 // half of a row's. `map` is filled by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
     constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
@@ -186,7 +187,8 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
     }
 }
 
-// The second half of the rows, and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the ring does not matter.
+// The second half of the rows, and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the
+// ring does not matter.
 DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
     constexpr u32 BATCH = 8;
     Turn turn;

@@ -14,8 +14,8 @@
 //                                                                 activations of a step in registers for all tiles
 //
 // so that memory is read 1 KB of a row at a time. Two more warps serve, three where scales are nested (stream.cuh): they fill a ring
-// of 3 such stages by asynchronous copies, with a full and an empty barrier a stage, and see to the scales. Activations of the next
-// step come by way of shared memory while this one is worked on.
+// of 3 such stages, weights by a copy in bulk for each row, with a full and an empty barrier a stage, and see to the scales.
+// Activations of the next step come by way of shared memory while this one is worked on.
 //
 // Sums stay in registers along K; then the warps' are added through shared memory in fixed order. Where activations would weigh as
 // much as weights (few tiles a block, long K), two blocks of a cluster split K between them and add their sums over distributed
@@ -32,8 +32,8 @@
 #error "compile with -DELEMENT=Bf16 or F16 and -DNESTED=0 or 1, whether all scales are nested"
 #endif
 
-constexpr u32 SERVING = NESTED ? 3 : 2;   // warps
-constexpr u32 ROUND = 2;                  // tiles whose sums are added at a time while the ring is in use
+constexpr u32 SERVING = NESTED ? 3 : 2;          // warps
+constexpr u32 ROUND = 2;                         // tiles whose sums are added at a time while the ring is in use
 constexpr u32 X_ROW = SLICE * SpacedPairs::ROW;  // from a warp's activations of a token to those of the next
 static_assert(MOST_WARPS * 8 * X_ROW == SpacedPairs::BYTES && SUMS_BYTES == MOST_WARPS * ROUND * TILE_FLOATS * 4);
 constexpr u32 MOST_PIECES = 8;
@@ -169,7 +169,8 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
             const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;
             const bool valid = block + k < share.last;
             for (u32 m = half; m < M; m += 2)  // all odd or all even
-                copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + (chunk ^ half) * 16, x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
+                copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + (chunk ^ half) * 16,
+                       x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
             commit();
         };
         pairs.fill(Values{{values0, values1, values2, values3}}, threads);

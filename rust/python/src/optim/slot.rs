@@ -89,6 +89,8 @@ pub(super) struct Slot {
     /// The dict's keys and values as they were when `places` were read; references to values, so that no other object can
     /// have their addresses.
     seen: Vec<(usize, Py<PyAny>)>,
+    /// The key `step` of the dict, which is another string in one that comes from a file.
+    step_key: usize,
     /// Steps done, where the host counts.
     pub(super) steps: u64,
     /// The number in the dict that `steps` was read from, or that was put there: while it is there, nothing is to be read.
@@ -101,20 +103,31 @@ const STATES: [&str; 2] = ["state1", "state2"];
 
 impl Slot {
     pub(super) fn new(param: Py<PyAny>, state: Py<PyDict>) -> Self {
-        Self { param, state, places: Places::default(), seen: Vec::new(), steps: 0, counted: None, step_at: 0 }
+        Self {
+            param,
+            state,
+            places: Places::default(),
+            seen: Vec::new(),
+            step_key: 0,
+            steps: 0,
+            counted: None,
+            step_at: 0,
+        }
     }
 
     /// Brings `places` up to date; whether they changed. `step` of the state is left to the caller.
     pub(super) fn refresh(&mut self, py: Python<'_>, rule: Rule, place: Place) -> PyResult<bool> {
         let param = tensor("params", self.param.bind(py))?;
-        if param.address() == self.places.p && param.len() == self.places.n && self.is_unchanged(py) {
+        if param.address() == self.places.p && param.len() == self.places.n && self.is_unchanged() {
             return Ok(false);
         }
         let places = self.read(py, rule, place, &param)?;
         let state = self.state.bind(py);
         self.seen.clear();
         for (key, value) in state.iter() {
-            if !key.eq(intern!(py, "step"))? {
+            if key.eq(intern!(py, "step"))? {
+                self.step_key = key.as_ptr() as usize;
+            } else {
                 self.seen.push((key.as_ptr() as usize, value.unbind()));
             }
         }
@@ -124,13 +137,12 @@ impl Slot {
     }
 
     /// Whether the dict has the very objects that were read, `step` apart.
-    fn is_unchanged(&self, py: Python<'_>) -> bool {
+    fn is_unchanged(&self) -> bool {
         let (mut position, mut key, mut value) = (0, std::ptr::null_mut(), std::ptr::null_mut());
-        let step = intern!(py, "step").as_ptr();
         let mut expected = self.seen.iter();
         // SAFETY: the GIL is held and nothing runs between the calls that could change the dict; keys and values are borrowed.
         while unsafe { ffi::PyDict_Next(self.state.as_ptr(), &raw mut position, &raw mut key, &raw mut value) } != 0 {
-            if key == step {
+            if key as usize == self.step_key {
                 continue;
             }
             match expected.next() {
