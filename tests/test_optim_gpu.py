@@ -44,6 +44,20 @@ def give_gradients(params, step, into=False):
             p.grad = grad
 
 
+def captured(graphed, eager):
+    """Step both, and return the graph of another step of the first."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graphed.step()
+    torch.cuda.current_stream().wait_stream(side)
+    eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    return graph
+
+
 def states(optimizer):
     return [
         {key: value.clone() if torch.is_tensor(value) else value for key, value in state.items()}
@@ -124,15 +138,7 @@ def test_large_parameters_in_a_captured_step_and_beside_small_ones(name):
     other = getattr(optim, name)(twins, capturable=True, **EVERY[name])
     give_gradients(params, 0)
     give_gradients(twins, 0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        one.step()
-    torch.cuda.current_stream().wait_stream(side)
-    other.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        one.step()
+    graph = captured(one, other)
     for step in range(1, 6):
         give_gradients(params, step, into=True)
         give_gradients(twins, step)
@@ -150,15 +156,7 @@ def test_a_captured_step_equals_eager_ones(name):
     eager = getattr(optim, name)(twins, **EVERY[name])
     give_gradients(params, 0)
     give_gradients(twins, 0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        graphed.step()
-    torch.cuda.current_stream().wait_stream(side)
-    eager.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        graphed.step()
+    graph = captured(graphed, eager)
     replays = 1000 if name == "AdamW8bit" else 20
     for step in range(1, 1 + replays):
         give_gradients(params, step % 50, into=True)

@@ -20,12 +20,7 @@
 #include "optim.cuh"
 #include "shared.cuh"
 
-// A lane's eight codes in shared memory.
-DEVICE uint2 load_codes(u32 at) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
-    return v;
-}
+// A lane's eight codes.
 DEVICE void store_codes(u32 at, uint2 v) { asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory"); }
 
 template <u32 STATES, u32 TILE, u32 DEPTH> struct Tiles {
@@ -86,7 +81,7 @@ template <u32 STATES, u32 TILE, u32 DEPTH> struct Tiles {
     DEVICE void wait() const { barrier_wait(full(), parity); }
     // What the warp has written to its block is for the copies back.
     DEVICE void hand_over(u32 lane) {
-        fence_for_copies();
+        fence_for_async();
         __syncwarp();
         if (lane == 0) barrier_arrive(empty());
         turn_over();

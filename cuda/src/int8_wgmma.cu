@@ -144,7 +144,7 @@ DEVICE void serve_outliers(const Problem& p, const Tiles& tiles, const Share& sh
             barrier_wait(o_full + 8, parity ^ 1);
             parity ^= 1;
             gather(list + (c - window), min(ENTRIES, count - c), p.w + u64(tile.weights) * p.K, p.K, weights, tokens, left, to_w, to_x, thread);
-            fence_for_mma();
+            fence_for_async();
             barrier_arrive(o_full);
         }
     }

@@ -251,7 +251,7 @@ struct Steps {
             Part part;
             spots.load(parameter, gradient);
 #pragma unroll
-            for (u32 s = 0; s < STATES; ++s) part.codes[s] = load_codes(spots.codes(s)), part.scales[s] = load_float(spots.scale(s));
+            for (u32 s = 0; s < STATES; ++s) part.codes[s] = load_uint2(spots.codes(s)), part.scales[s] = load_float(spots.scale(s));
             float p[8], g[8];
             parameter.get(TYPE, p);
             gradient.get(TYPE, g);
@@ -517,7 +517,7 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
 #ifdef TILES
             if (tiled) {
                 stored = load_float(spots.scale(s));
-                codes = load_codes(spots.codes(s));
+                codes = load_uint2(spots.codes(s));
             } else
 #endif
             if (whole) {
