@@ -154,6 +154,30 @@ pub(crate) struct TensorRef {
     _keeper: Option<Py<PyCapsule>>,
 }
 
+/// Device, type, shape and strides of a tensor, kept to see whether the next one is like it.
+#[derive(Clone, Copy)]
+pub(crate) struct Form {
+    device: DlDevice,
+    dtype: DlDataType,
+    /// Less than zero where there is nothing to compare with.
+    ndim: i32,
+    /// Sizes, and strides behind them.
+    extents: [i64; 2 * MOST_DIMS],
+}
+
+/// Dimensions that a [`Form`] has room for.
+const MOST_DIMS: usize = 4;
+
+impl Form {
+    /// What no tensor is like.
+    pub(crate) const NONE: Self = Self {
+        device: DlDevice { kind: 0, id: 0 },
+        dtype: DlDataType { code: 0, bits: 0, lanes: 0 },
+        ndim: -1,
+        extents: [0; 2 * MOST_DIMS],
+    };
+}
+
 /// Where a tensor lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Place {
@@ -178,6 +202,7 @@ impl TensorRef {
     }
 
     /// As [`TensorRef::new`], for a torch tensor whose memory is what it says; a TypeError for anything else.
+    #[inline]
     pub(crate) fn plain(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         match exchange_api(object) {
             Some((api, true)) => Self::through(api, name, object),
@@ -185,6 +210,7 @@ impl TensorRef {
         }
     }
 
+    #[inline]
     fn through(api: &'static ExchangeApi, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let mut tensor = std::mem::MaybeUninit::<DlTensor>::uninit();
         let fill = api.dltensor_from_py_object.expect("checked when the table was found");
@@ -255,6 +281,50 @@ impl TensorRef {
     /// Number of elements.
     pub(crate) fn len(&self) -> usize {
         self.shape().iter().map(|&size| size as usize).product()
+    }
+
+    /// Sizes and strides, where both are given.
+    fn extents(&self) -> Option<(&[i64], &[i64])> {
+        let sizes = self.shape();
+        if sizes.is_empty() || self.tensor.strides.is_null() {
+            return None;
+        }
+        // SAFETY: where strides are given there are `ndim` of them.
+        Some((sizes, unsafe { std::slice::from_raw_parts(self.tensor.strides, sizes.len()) }))
+    }
+
+    /// The form of this tensor; that of none where it has too many dimensions.
+    pub(crate) fn form(&self) -> Form {
+        let mut form = Form { device: self.tensor.device, dtype: self.tensor.dtype, ..Form::NONE };
+        if let Some((sizes, strides)) = self.extents().filter(|(sizes, _)| sizes.len() <= MOST_DIMS) {
+            form.ndim = self.tensor.ndim;
+            form.extents[..sizes.len()].copy_from_slice(sizes);
+            form.extents[sizes.len()..2 * sizes.len()].copy_from_slice(strides);
+        }
+        form
+    }
+
+    /// Whether all that was found out about a tensor of this form is so of this one, but for where in memory it is.
+    #[inline]
+    pub(crate) fn is_like(&self, form: &Form) -> bool {
+        let DlDevice { kind, id } = self.tensor.device;
+        if self.tensor.ndim != form.ndim || self.tensor.dtype != form.dtype || (kind, id) != (form.device.kind, form.device.id) {
+            return false;
+        }
+        self.extents().is_some_and(|(sizes, strides)| {
+            let (like, behind) = form.extents.split_at(sizes.len());
+            sizes == like && *strides == behind[..strides.len()]
+        })
+    }
+
+    /// Whether it begins where its type allows it.
+    #[inline]
+    pub(crate) fn is_aligned(&self) -> bool {
+        self.address().is_multiple_of(self.alignment())
+    }
+
+    fn alignment(&self) -> usize {
+        self.item_size().max(1).next_power_of_two().min(8)
     }
 
     fn item_size(&self) -> usize {
@@ -354,8 +424,7 @@ impl TensorRef {
         if self.tensor.strides.is_null() || self.len() == 0 {
             return Ok(());
         }
-        // SAFETY: where strides are given there are `ndim` of them.
-        let strides = unsafe { std::slice::from_raw_parts(self.tensor.strides, shape.len()) };
+        let strides = self.extents().map_or(&[][..], |(_, strides)| strides);
         let mut expected = 1;
         for (&size, &stride) in shape.iter().zip(strides).rev() {
             if size != 1 && stride != expected {
@@ -367,11 +436,10 @@ impl TensorRef {
             }
             expected *= size;
         }
-        let align = self.item_size().max(1).next_power_of_two().min(8);
-        if !self.address().is_multiple_of(align) {
+        if !self.is_aligned() {
             return Err(Error::Shape {
                 argument: self.name,
-                expected: format!("memory aligned to {align} bytes"),
+                expected: format!("memory aligned to {} bytes", self.alignment()),
                 got: format!("address {:#x}", self.address()),
             });
         }
