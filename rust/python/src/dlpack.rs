@@ -161,12 +161,12 @@ pub(crate) struct Form {
     dtype: DlDataType,
     /// Less than zero where there is nothing to compare with.
     ndim: i32,
-    /// Sizes, and strides behind them.
-    extents: [i64; 2 * MOST_DIMS],
+    sizes: [i64; MOST_DIMS],
+    strides: [i64; MOST_DIMS],
 }
 
 /// Dimensions that a [`Form`] has room for.
-const MOST_DIMS: usize = 4;
+const MOST_DIMS: usize = 5;
 
 impl Form {
     /// What no tensor is like.
@@ -174,8 +174,36 @@ impl Form {
         device: DlDevice { kind: 0, id: 0 },
         dtype: DlDataType { code: 0, bits: 0, lanes: 0 },
         ndim: -1,
-        extents: [0; 2 * MOST_DIMS],
+        sizes: [0; MOST_DIMS],
+        strides: [0; MOST_DIMS],
     };
+
+    /// The address of a plain tensor of this form; nothing for any other object. What was found out about the tensor that the form
+    /// is of holds for this one, but for how its address is aligned.
+    #[inline]
+    pub(crate) fn address_of(&self, object: &Bound<'_, PyAny>) -> Option<usize> {
+        let (api, _) = exchange_api(object).filter(|(_, plain)| *plain)?;
+        let mut tensor = std::mem::MaybeUninit::<DlTensor>::uninit();
+        let fill = api.dltensor_from_py_object?;
+        // SAFETY: `object` is of the type that the table belongs to; on success `tensor` is filled.
+        let tensor = unsafe {
+            if fill(object.as_ptr().cast(), tensor.as_mut_ptr()) != 0 {
+                ffi::PyErr_Clear();
+                return None;
+            }
+            tensor.assume_init()
+        };
+        let like = |extents: *const i64, expected: &[i64; MOST_DIMS]| {
+            // SAFETY: the producer gives `ndim` sizes, and as many strides if any. `ndim` is that of the form here.
+            !extents.is_null() && (0..self.ndim as usize).all(|i| unsafe { *extents.add(i) } == expected[i])
+        };
+        let same = tensor.ndim == self.ndim
+            && tensor.dtype == self.dtype
+            && tensor.device.kind == self.device.kind
+            && tensor.device.id == self.device.id
+            && (self.ndim == 0 || like(tensor.shape, &self.sizes) && like(tensor.strides, &self.strides));
+        same.then_some(tensor.data as usize + tensor.byte_offset as usize)
+    }
 }
 
 /// Where a tensor lives.
@@ -286,11 +314,12 @@ impl TensorRef {
     /// Sizes and strides, where both are given.
     fn extents(&self) -> Option<(&[i64], &[i64])> {
         let sizes = self.shape();
-        if sizes.is_empty() || self.tensor.strides.is_null() {
+        if self.tensor.strides.is_null() && !sizes.is_empty() {
             return None;
         }
         // SAFETY: where strides are given there are `ndim` of them.
-        Some((sizes, unsafe { std::slice::from_raw_parts(self.tensor.strides, sizes.len()) }))
+        let strides = if sizes.is_empty() { &[] } else { unsafe { std::slice::from_raw_parts(self.tensor.strides, sizes.len()) } };
+        Some((sizes, strides))
     }
 
     /// The form of this tensor; that of none where it has too many dimensions.
@@ -298,28 +327,14 @@ impl TensorRef {
         let mut form = Form { device: self.tensor.device, dtype: self.tensor.dtype, ..Form::NONE };
         if let Some((sizes, strides)) = self.extents().filter(|(sizes, _)| sizes.len() <= MOST_DIMS) {
             form.ndim = self.tensor.ndim;
-            form.extents[..sizes.len()].copy_from_slice(sizes);
-            form.extents[sizes.len()..2 * sizes.len()].copy_from_slice(strides);
+            form.sizes[..sizes.len()].copy_from_slice(sizes);
+            form.strides[..sizes.len()].copy_from_slice(strides);
         }
         form
     }
 
-    /// Whether all that was found out about a tensor of this form is so of this one, but for where in memory it is.
-    #[inline]
-    pub(crate) fn is_like(&self, form: &Form) -> bool {
-        let DlDevice { kind, id } = self.tensor.device;
-        if self.tensor.ndim != form.ndim || self.tensor.dtype != form.dtype || (kind, id) != (form.device.kind, form.device.id) {
-            return false;
-        }
-        self.extents().is_some_and(|(sizes, strides)| {
-            let (like, behind) = form.extents.split_at(sizes.len());
-            sizes == like && *strides == behind[..strides.len()]
-        })
-    }
-
     /// Whether it begins where its type allows it.
-    #[inline]
-    pub(crate) fn is_aligned(&self) -> bool {
+    fn is_aligned(&self) -> bool {
         self.address().is_multiple_of(self.alignment())
     }
 

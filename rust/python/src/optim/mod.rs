@@ -22,6 +22,7 @@ use options::Options;
 #[cfg(feature = "cuda")]
 pub(crate) use paged::PagedBuffer;
 use reader::Reader;
+pub(crate) use reader::{all_filled, same_items, same_values};
 use slot::{Gradient, Slot};
 
 /// Parameters that are updated together, and their states.
@@ -152,7 +153,7 @@ impl Inner {
                 Some(given) => given.get_item(i)?,
                 None => reader.grad(slot.param.bind(py))?,
             };
-            gradients.push(slot.take(plan.rule, plan.place, &reader, grad)?);
+            gradients.push(slot.take(plan.rule, plan.place, grad)?);
         }
         Ok(gradients)
     }

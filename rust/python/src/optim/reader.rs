@@ -1,23 +1,21 @@
-//! Gradients and addresses of many tensors of one type, without the look-up of an attribute for each.
+//! What a step asks of many objects, without the look-up of an attribute or a loop of the interpreter for each.
 
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
 
-/// What `grad` and `data_ptr` are for one type of tensor. Looked up anew at every step, for somebody may have replaced them.
+/// What `grad` is for one type of tensor. Looked up anew at every step, for somebody may have replaced it.
 pub(super) struct Reader<'py> {
     kind: *mut ffi::PyTypeObject,
-    /// The descriptor of `grad`, which is in C, and what gets a value from it.
+    /// The descriptor, if it is one in C, and what gets a value from it.
     grad: Option<(Bound<'py, PyAny>, ffi::descrgetfunc)>,
-    /// The function in C behind `data_ptr()`.
-    address: Option<ffi::PyCFunction>,
 }
 
 impl<'py> Reader<'py> {
     /// A reader for tensors of the type of this one.
     pub(super) fn of(tensor: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let py = tensor.py();
-        let grad = tensor.get_type().getattr_opt(intern!(py, "grad"))?.and_then(|descriptor| {
+        let grad = tensor.get_type().getattr_opt(intern!(tensor.py(), "grad"))?.and_then(|descriptor| {
             // SAFETY: asks what an object is, and a type in C for its function of this kind, which is null or of this signature.
             let get = unsafe {
                 if descriptor.get_type_ptr() != &raw mut ffi::PyGetSetDescr_Type {
@@ -28,18 +26,11 @@ impl<'py> Reader<'py> {
             };
             get.map(|get| (descriptor, get))
         });
-        let address = tensor.getattr_opt(intern!(py, "data_ptr"))?.and_then(|method| {
-            // SAFETY: asks what an object is, and a function in C, bound to its tensor, for its address and its calling convention.
-            unsafe {
-                let is_plain = method.get_type_ptr() == &raw mut ffi::PyCFunction_Type
-                    && ffi::PyCFunction_GetFlags(method.as_ptr()) == ffi::METH_NOARGS;
-                if is_plain { ffi::PyCFunction_GetFunction(method.as_ptr()) } else { None }
-            }
-        });
-        Ok(Self { kind: tensor.get_type_ptr(), grad, address })
+        Ok(Self { kind: tensor.get_type_ptr(), grad })
     }
 
     /// `tensor.grad`.
+    #[inline]
     pub(super) fn grad(&self, tensor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         match &self.grad {
             Some((descriptor, get)) if tensor.get_type_ptr() == self.kind => {
@@ -52,25 +43,48 @@ impl<'py> Reader<'py> {
             _ => tensor.getattr(intern!(tensor.py(), "grad")),
         }
     }
+}
 
-    /// `tensor.data_ptr()`; nothing for a tensor of another type, or one that has no memory.
-    pub(super) fn address(&self, tensor: &Bound<'py, PyAny>) -> Option<usize> {
-        let address = self.address.filter(|_| tensor.get_type_ptr() == self.kind)?;
-        // SAFETY: what calling the bound method does: the function takes its tensor, which is of the type that it was found on, and
-        // no argument; a new reference or an error comes back.
-        unsafe {
-            let number = address(tensor.as_ptr(), std::ptr::null_mut());
-            if number.is_null() {
-                ffi::PyErr_Clear();
-                return None;
+/// Whether both have the very same objects in the same order.
+#[pyfunction]
+pub(crate) fn same_items(kept: &Bound<'_, PyList>, now: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let Ok(list) = now.cast::<PyList>() else {
+        let mut rest = kept.iter();
+        for item in now.try_iter()? {
+            if !rest.next().is_some_and(|expected| item.as_ref().is_ok_and(|item| item.is(&expected))) {
+                return item.map(|_| false);
             }
-            let value = ffi::PyLong_AsUnsignedLongLong(number);
-            ffi::Py_DECREF(number);
-            if value == u64::MAX {
-                ffi::PyErr_Clear();
-                return None;
-            }
-            Some(value as usize)
+        }
+        return Ok(rest.next().is_none());
+    };
+    Ok(kept.len() == list.len() && kept.iter().zip(list.iter()).all(|(expected, item)| item.is(&expected)))
+}
+
+/// Whether the values of a dict are the very objects of a list, in the same order.
+#[pyfunction]
+pub(crate) fn same_values(kept: &Bound<'_, PyList>, now: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let Ok(dict) = now.cast::<PyDict>() else {
+        return same_items(kept, &now.call_method0(intern!(now.py(), "values"))?);
+    };
+    if kept.len() != dict.len() {
+        return Ok(false);
+    }
+    let (mut position, mut value) = (0, std::ptr::null_mut());
+    Ok(kept.iter().all(|expected| {
+        // SAFETY: the GIL is held and nothing runs between the calls that could change the dict; the value is borrowed. A null
+        // pointer says that keys are not wanted.
+        let found = unsafe { ffi::PyDict_Next(dict.as_ptr(), &raw mut position, std::ptr::null_mut(), &raw mut value) };
+        found != 0 && value == expected.as_ptr()
+    }))
+}
+
+/// Whether none of these dicts is empty.
+#[pyfunction]
+pub(crate) fn all_filled(dicts: &Bound<'_, PyList>) -> PyResult<bool> {
+    for dict in dicts.iter() {
+        if dict.cast::<PyDict>()?.is_empty() {
+            return Ok(false);
         }
     }
+    Ok(true)
 }

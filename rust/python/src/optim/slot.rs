@@ -9,7 +9,6 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyInt};
 
-use super::reader::Reader;
 use crate::dlpack::{ElementKind, Form, Place, TensorRef};
 use crate::errors::raise;
 
@@ -59,7 +58,7 @@ pub(super) struct Slot {
     pub(super) param: Py<PyAny>,
     pub(super) state: Py<PyDict>,
     pub(super) places: Places,
-    /// Whether `places` were read, or the type of the gradient was another, since somebody last took this back.
+    /// Whether `places` were read since somebody last took this back.
     pub(super) is_fresh: bool,
     /// The dict's keys and values as they were when `places` were read; references, so that no other object can have their
     /// addresses. The value of `step` is not looked at.
@@ -74,6 +73,8 @@ pub(super) struct Slot {
     is_counted: bool,
     /// The address of the count, where the device does.
     pub(super) step_at: usize,
+    /// What the parameter was like when `places` were read.
+    param_form: Form,
     /// What the last gradient was like, if it was contiguous, and its type.
     form: Form,
     pub(super) grad_dtype: Option<Dtype>,
@@ -94,30 +95,25 @@ impl Slot {
             counted: None,
             is_counted: false,
             step_at: 0,
+            param_form: Form::NONE,
             form: Form::NONE,
             grad_dtype: None,
         }
     }
 
     /// Checks a gradient, which may be None, and brings all but the count of steps up to date for it.
-    ///
-    /// A gradient like the last one, and a parameter where it was, leave one thing to look at: the dict. Autograd gives a
-    /// gradient the type and the shape of its parameter, so that another parameter at the same address would show there.
-    pub(super) fn take<'py>(
-        &mut self,
-        rule: Rule,
-        place: Place,
-        reader: &Reader<'py>,
-        object: Bound<'py, PyAny>,
-    ) -> PyResult<Gradient<'py>> {
+    pub(super) fn take<'py>(&mut self, rule: Rule, place: Place, object: Bound<'py, PyAny>) -> PyResult<Gradient<'py>> {
         if object.is_none() {
             return Ok(Gradient::default());
         }
         let py = object.py();
-        let view = tensor("grad", &object)?;
-        if view.is_like(&self.form) && view.is_aligned() && self.is_current(py, reader) {
-            return Ok(Gradient { address: view.address(), object: Some(object) });
+        // Where all is as it was, only the gradient's address is news. It is aligned for every type, or looked at more closely.
+        if let Some(address) = self.form.address_of(&object).filter(|address| address.is_multiple_of(8))
+            && self.is_current(py)
+        {
+            return Ok(Gradient { object: Some(object), address });
         }
+        let view = tensor("grad", &object)?;
         let (object, view, form) = if view.expect_contiguous().is_ok() {
             let form = view.form();
             (object, view, form)
@@ -128,7 +124,9 @@ impl Slot {
             (copy, view, Form::NONE)
         };
         self.form = Form::NONE;
-        self.refresh(py, rule, place)?;
+        if !self.is_current(py) {
+            self.refresh(py, rule, place)?;
+        }
         view.expect_place(place).map_err(raise)?;
         crate::expect_len(&view, self.places.n).map_err(raise)?;
         self.grad_dtype = Some(view.float().map_err(raise)?);
@@ -136,9 +134,9 @@ impl Slot {
         Ok(Gradient { address: view.address(), object: Some(object) })
     }
 
-    /// Whether the parameter is where it was, and the dict is as it was.
-    fn is_current(&mut self, py: Python<'_>, reader: &Reader<'_>) -> bool {
-        reader.address(self.param.bind(py)) == Some(self.places.p) && self.is_unchanged()
+    /// Whether the parameter is like it was and where it was, and the dict is as it was.
+    fn is_current(&mut self, py: Python<'_>) -> bool {
+        self.param_form.address_of(self.param.bind(py)) == Some(self.places.p) && self.is_unchanged()
     }
 
     /// Reads the parameter and the dict. `step` is left to the caller.
@@ -148,6 +146,7 @@ impl Slot {
         self.is_counted = false;
         let param = tensor("params", self.param.bind(py))?;
         self.places = self.read(py, rule, place, &param)?;
+        self.param_form = param.form();
         self.step_key = None;
         for (key, value) in self.state.bind(py).iter() {
             if key.eq(intern!(py, "step"))? {
