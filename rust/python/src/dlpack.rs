@@ -178,8 +178,8 @@ impl Form {
         strides: [0; MOST_DIMS],
     };
 
-    /// The address of a plain tensor of this form; nothing for any other object. What was found out about the tensor that the form
-    /// is of holds for this one, but for how its address is aligned.
+    /// The address of a plain tensor of this form, if its type allows that address; nothing for any other object. All else that was
+    /// found out about the tensor that the form is of holds for this one.
     #[inline]
     pub(crate) fn address_of(&self, object: &Bound<'_, PyAny>) -> Option<usize> {
         let (api, _) = exchange_api(object).filter(|(_, plain)| *plain)?;
@@ -202,8 +202,19 @@ impl Form {
             && tensor.device.kind == self.device.kind
             && tensor.device.id == self.device.id
             && (self.ndim == 0 || like(tensor.shape, &self.sizes) && like(tensor.strides, &self.strides));
-        same.then_some(tensor.data as usize + tensor.byte_offset as usize)
+        let address = tensor.data as usize + tensor.byte_offset as usize;
+        (same && address.is_multiple_of(alignment(self.dtype))).then_some(address)
     }
+}
+
+/// Bytes of an element.
+fn item_size(dtype: DlDataType) -> usize {
+    (dtype.bits as usize * dtype.lanes as usize).div_ceil(8)
+}
+
+/// What addresses of elements must be multiples of.
+fn alignment(dtype: DlDataType) -> usize {
+    item_size(dtype).max(1).next_power_of_two().min(8)
 }
 
 /// Where a tensor lives.
@@ -333,17 +344,8 @@ impl TensorRef {
         form
     }
 
-    /// Whether it begins where its type allows it.
-    fn is_aligned(&self) -> bool {
-        self.address().is_multiple_of(self.alignment())
-    }
-
-    fn alignment(&self) -> usize {
-        self.item_size().max(1).next_power_of_two().min(8)
-    }
-
     fn item_size(&self) -> usize {
-        (self.tensor.dtype.bits as usize * self.tensor.dtype.lanes as usize).div_ceil(8)
+        item_size(self.tensor.dtype)
     }
 
     pub(crate) fn byte_len(&self) -> usize {
@@ -451,10 +453,11 @@ impl TensorRef {
             }
             expected *= size;
         }
-        if !self.is_aligned() {
+        let align = alignment(self.tensor.dtype);
+        if !self.address().is_multiple_of(align) {
             return Err(Error::Shape {
                 argument: self.name,
-                expected: format!("memory aligned to {} bytes", self.alignment()),
+                expected: format!("memory aligned to {align} bytes"),
                 got: format!("address {:#x}", self.address()),
             });
         }

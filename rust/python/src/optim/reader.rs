@@ -45,19 +45,21 @@ impl<'py> Reader<'py> {
     }
 }
 
+/// Items of a list, borrowed. Nothing may run between them that could change the list.
+fn items(list: &Bound<'_, PyList>) -> impl Iterator<Item = *mut ffi::PyObject> {
+    let (list, len) = (list.as_ptr(), list.len() as isize);
+    // SAFETY: the caller of this file's functions holds the list and the GIL; the positions are in it.
+    (0..len).map(move |at| unsafe { ffi::PyList_GetItem(list, at) })
+}
+
 /// Whether both have the very same objects in the same order.
 #[pyfunction]
 pub(crate) fn same_items(kept: &Bound<'_, PyList>, now: &Bound<'_, PyAny>) -> PyResult<bool> {
-    let Ok(list) = now.cast::<PyList>() else {
-        let mut rest = kept.iter();
-        for item in now.try_iter()? {
-            if !rest.next().is_some_and(|expected| item.as_ref().is_ok_and(|item| item.is(&expected))) {
-                return item.map(|_| false);
-            }
-        }
-        return Ok(rest.next().is_none());
-    };
-    Ok(kept.len() == list.len() && kept.iter().zip(list.iter()).all(|(expected, item)| item.is(&expected)))
+    if let Ok(list) = now.cast::<PyList>() {
+        return Ok(kept.len() == list.len() && items(kept).eq(items(list)));
+    }
+    let now = now.try_iter()?.collect::<PyResult<Vec<_>>>()?;
+    Ok(items(kept).eq(now.iter().map(Bound::as_ptr)))
 }
 
 /// Whether the values of a dict are the very objects of a list, in the same order.
@@ -66,25 +68,25 @@ pub(crate) fn same_values(kept: &Bound<'_, PyList>, now: &Bound<'_, PyAny>) -> P
     let Ok(dict) = now.cast::<PyDict>() else {
         return same_items(kept, &now.call_method0(intern!(now.py(), "values"))?);
     };
-    if kept.len() != dict.len() {
-        return Ok(false);
-    }
     let (mut position, mut value) = (0, std::ptr::null_mut());
-    Ok(kept.iter().all(|expected| {
-        // SAFETY: the GIL is held and nothing runs between the calls that could change the dict; the value is borrowed. A null
-        // pointer says that keys are not wanted.
-        let found = unsafe { ffi::PyDict_Next(dict.as_ptr(), &raw mut position, std::ptr::null_mut(), &raw mut value) };
-        found != 0 && value == expected.as_ptr()
-    }))
+    Ok(kept.len() == dict.len()
+        && items(kept).all(|expected| {
+            // SAFETY: the GIL is held and nothing runs between the calls that could change the dict; the value is borrowed. A null
+            // pointer says that keys are not wanted.
+            let found =
+                unsafe { ffi::PyDict_Next(dict.as_ptr(), &raw mut position, std::ptr::null_mut(), &raw mut value) };
+            found != 0 && value == expected
+        }))
 }
 
 /// Whether none of these dicts is empty.
 #[pyfunction]
 pub(crate) fn all_filled(dicts: &Bound<'_, PyList>) -> PyResult<bool> {
-    for dict in dicts.iter() {
-        if dict.cast::<PyDict>()?.is_empty() {
-            return Ok(false);
-        }
+    let py = dicts.py();
+    // SAFETY: the GIL is held; of what is no dict the size is -1, and an error is set.
+    let least = items(dicts).map(|dict| unsafe { ffi::PyDict_Size(dict) }).min();
+    match least {
+        Some(-1) => Err(PyErr::fetch(py)),
+        least => Ok(least != Some(0)),
     }
-    Ok(true)
 }

@@ -107,8 +107,8 @@ impl Slot {
             return Ok(Gradient::default());
         }
         let py = object.py();
-        // Where all is as it was, only the gradient's address is news. It is aligned for every type, or looked at more closely.
-        if let Some(address) = self.form.address_of(&object).filter(|address| address.is_multiple_of(8))
+        // Where all is as it was, only the gradient's address is news.
+        if let Some(address) = self.form.address_of(&object)
             && self.is_current(py)
         {
             return Ok(Gradient { object: Some(object), address });
