@@ -325,11 +325,14 @@ impl TensorRef {
     /// Sizes and strides, where both are given.
     fn extents(&self) -> Option<(&[i64], &[i64])> {
         let sizes = self.shape();
-        if self.tensor.strides.is_null() && !sizes.is_empty() {
+        if sizes.is_empty() {
+            return Some((&[], &[]));
+        }
+        if self.tensor.strides.is_null() {
             return None;
         }
         // SAFETY: where strides are given there are `ndim` of them.
-        let strides = if sizes.is_empty() { &[] } else { unsafe { std::slice::from_raw_parts(self.tensor.strides, sizes.len()) } };
+        let strides = unsafe { std::slice::from_raw_parts(self.tensor.strides, sizes.len()) };
         Some((sizes, strides))
     }
 

@@ -1,9 +1,9 @@
 //! Steps on the CPU.
 
 use half::{bf16, f16};
+use halfbyte::Dtype;
 use halfbyte::layout::block_count;
 use halfbyte::optim::{self, BLOCK, Extra, Floats, FloatsMut, Parameter, Rule, State};
-use halfbyte::Dtype;
 use pyo3::intern;
 use pyo3::prelude::*;
 

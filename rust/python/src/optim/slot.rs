@@ -167,7 +167,9 @@ impl Slot {
             }
             let (mut position, mut key, mut value) = (0, std::ptr::null_mut(), std::ptr::null_mut());
             for (at, (seen_key, seen)) in self.seen.iter().enumerate() {
-                if ffi::PyDict_Next(dict, &raw mut position, &raw mut key, &raw mut value) == 0 || key != seen_key.as_ptr() {
+                if ffi::PyDict_Next(dict, &raw mut position, &raw mut key, &raw mut value) == 0
+                    || key != seen_key.as_ptr()
+                {
                     return false;
                 }
                 if self.step_key == Some(at) {
