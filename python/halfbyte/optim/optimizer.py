@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from copy import deepcopy
-from functools import wraps
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from halfbyte import ops
 from halfbyte._tables import dynamic_map
@@ -41,6 +38,7 @@ from halfbyte.optim._states import (
     unwrap,
     wrap,
 )
+from halfbyte.optim._watched import watched
 from halfbyte.optim.manager import GlobalOptimManager
 
 if TYPE_CHECKING:
@@ -51,27 +49,6 @@ if TYPE_CHECKING:
 
 # What a group has of options that bitsandbytes' groups do not know, where nothing else is said.
 _GROUP_DEFAULTS: dict[str, Any] = GROUP_OPTIONS | {"nesterov": False, "bias_correction": True, "adam_w_mode": True}
-
-
-def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a step as torch does, for hooks and profilers, where there are any: its wrapper costs 10 µs a step."""
-    watched = torch.optim.Optimizer.profile_hook_step(step)
-
-    @wraps(step)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        optimizer = args[0]
-        if (
-            optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or profiler._is_profiler_enabled
-        ):
-            return watched(*args, **kwargs)
-        return step(*args, **kwargs)
-
-    wrapper.hooked = True  # type: ignore[attr-defined] # so that torch does not wrap it again
-    return wrapper
 
 
 class MockArgs:
@@ -287,7 +264,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
 
     # ---- steps
 
-    @_watched
+    @watched
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.

@@ -163,6 +163,8 @@ pub(crate) struct Form {
     ndim: i32,
     sizes: [i64; MOST_DIMS],
     strides: [i64; MOST_DIMS],
+    /// Bits that an address has none of.
+    misaligned: usize,
 }
 
 /// Dimensions that a [`Form`] has room for.
@@ -176,34 +178,41 @@ impl Form {
         ndim: -1,
         sizes: [0; MOST_DIMS],
         strides: [0; MOST_DIMS],
+        misaligned: 0,
     };
 
     /// The address of a plain tensor of this form, if its type allows that address; nothing for any other object. All else that was
     /// found out about the tensor that the form is of holds for this one.
     #[inline]
     pub(crate) fn address_of(&self, object: &Bound<'_, PyAny>) -> Option<usize> {
-        let (api, _) = exchange_api(object).filter(|(_, plain)| *plain)?;
-        let mut tensor = std::mem::MaybeUninit::<DlTensor>::uninit();
-        let fill = api.dltensor_from_py_object?;
-        // SAFETY: `object` is of the type that the table belongs to; on success `tensor` is filled.
-        let tensor = unsafe {
-            if fill(object.as_ptr().cast(), tensor.as_mut_ptr()) != 0 {
-                ffi::PyErr_Clear();
-                return None;
-            }
-            tensor.assume_init()
-        };
-        let like = |extents: *const i64, expected: &[i64; MOST_DIMS]| {
-            // SAFETY: the producer gives `ndim` sizes, and as many strides if any. `ndim` is that of the form here.
-            !extents.is_null() && (0..self.ndim as usize).all(|i| unsafe { *extents.add(i) } == expected[i])
-        };
+        let ndim = usize::try_from(self.ndim).ok()?;
+        let (api, plain) = exchange_api(object)?;
+        let fill = api.dltensor_from_py_object.filter(|_| plain)?;
+        let mut place = std::mem::MaybeUninit::<DlTensor>::uninit();
+        // SAFETY: `object` is of the type that the table belongs to.
+        if unsafe { fill(object.as_ptr().cast(), place.as_mut_ptr()) } != 0 {
+            // SAFETY: the GIL is held. Whoever looks at the tensor more closely gets the error again.
+            unsafe { ffi::PyErr_Clear() };
+            return None;
+        }
+        // SAFETY: filled, by what was returned.
+        let tensor = unsafe { place.assume_init_ref() };
         let same = tensor.ndim == self.ndim
             && tensor.dtype == self.dtype
             && tensor.device.kind == self.device.kind
             && tensor.device.id == self.device.id
-            && (self.ndim == 0 || like(tensor.shape, &self.sizes) && like(tensor.strides, &self.strides));
+            && (ndim == 0 || !tensor.shape.is_null() && !tensor.strides.is_null());
+        if !same {
+            return None;
+        }
+        for i in 0..ndim {
+            // SAFETY: the producer gave `ndim` sizes and as many strides, and `ndim` is that of the form.
+            if unsafe { *tensor.shape.add(i) != self.sizes[i] || *tensor.strides.add(i) != self.strides[i] } {
+                return None;
+            }
+        }
         let address = tensor.data as usize + tensor.byte_offset as usize;
-        (same && address.is_multiple_of(alignment(self.dtype))).then_some(address)
+        (address & self.misaligned == 0).then_some(address)
     }
 }
 
@@ -341,6 +350,7 @@ impl TensorRef {
         let mut form = Form { device: self.tensor.device, dtype: self.tensor.dtype, ..Form::NONE };
         if let Some((sizes, strides)) = self.extents().filter(|(sizes, _)| sizes.len() <= MOST_DIMS) {
             form.ndim = self.tensor.ndim;
+            form.misaligned = alignment(form.dtype) - 1;
             form.sizes[..sizes.len()].copy_from_slice(sizes);
             form.strides[..sizes.len()].copy_from_slice(strides);
         }

@@ -135,6 +135,7 @@ impl Slot {
     }
 
     /// Whether the parameter is like it was and where it was, and the dict is as it was.
+    #[inline]
     fn is_current(&mut self, py: Python<'_>) -> bool {
         self.param_form.address_of(self.param.bind(py)) == Some(self.places.p) && self.is_unchanged()
     }
