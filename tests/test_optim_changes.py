@@ -8,6 +8,7 @@ from collections import UserDict
 import pytest
 import torch
 from test_optim_options import parameter
+from test_optim_state import through_a_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from halfbyte import _native, optim
@@ -247,6 +248,28 @@ def test_comparisons_of_containers():
     assert not _native.all_filled([a, c, b])
     with pytest.raises(SystemError):
         _native.all_filled([a, 5])
+
+
+@pytest.mark.parametrize("way", ["made", "from a file"])
+def test_states_are_read_once(way, monkeypatch):
+    """Reading them asks whether they are paged. (Keys from a file are other strings than those in the code.)"""
+    p = parameter(5000, BF16, "cpu")
+    optimizer = optim.AdamW8bit([p], lr=1e-2)
+    give_gradients([p], 0)
+    optimizer.step()
+    if way == "from a file":
+        optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+        optimizer.step()
+    read = []
+    monkeypatch.setattr(torch.Tensor, "is_paged", property(lambda _: bool(read.append(1))), raising=False)
+    for step in range(2):
+        give_gradients([p], step)
+        optimizer.step()
+    assert not read
+    optimizer.state[p]["state1"] = optimizer.state[p]["state1"].clone()
+    optimizer.step()
+    assert read
+    assert optimizer.state[p]["step"] == (5 if way == "from a file" else 4)
 
 
 def test_another_grad_attribute_is_used(monkeypatch):
