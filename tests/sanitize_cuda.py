@@ -214,7 +214,7 @@ def optimizer_state(rule: str, n: int, bits: int) -> dict[str, object]:
 
 
 def optimizers(dtype: torch.dtype) -> None:
-    """Every rule over ragged, misaligned and mixed groups; extras, sums, step counts on the device."""
+    """Every rule over ragged, misaligned, large and mixed groups; extras, sums, step counts on the device."""
     rules = ("adam", "ademamix", "lion", "momentum", "lars", "lamb", "rmsprop", "adagrad")
     total = torch.zeros(1, device="cuda")
     for rule in rules:
@@ -224,6 +224,8 @@ def optimizers(dtype: torch.dtype) -> None:
             sizes, states = [1, 300, 256 * 40, 5003, 777], []
             params = [torch.randn(n, device="cuda").to(dtype) for n in sizes[:-1]]
             params.append(torch.randn(sizes[-1] + 1, device="cuda").to(dtype)[1:])
+            if extra == "none":  # large enough for tiles, where a GPU has them
+                params.append(torch.randn((1 << 20) + 700, device="cuda").to(dtype))
             for number, param in enumerate(params):
                 state = optimizer_state(rule, param.numel(), 8 if number % 2 else 32)
                 if extra == "master":

@@ -56,7 +56,7 @@ KERNELS = {
 KB = 1024
 
 
-def stream(draw, m, k, nested):
+def stream(draw, k, nested):
     """As ``Plan`` of matmul_stream.rs, on a GPU with few multiprocessors."""
     rows = [draw.choice([1, 16, 17, 40, 64, 100, 160, 300]) for _ in range(draw.choice([1, 1, 2, 3]))]
     cluster, multiprocessors = draw.choice([1, 1, 2]), draw.choice([2, 3, 4, 6])
@@ -73,12 +73,9 @@ def stream(draw, m, k, nested):
     slices = ceil(ceil(k / 128) / cluster)
     steps = ceil(slices / 16)
     warps = max(ceil(slices / steps / 2) * 2, 2)
-    x, stage = warps * m * 272, 32 * (16 * 2 * 32 + 32 + 36 * 4)
-    fixed, fixed_most = (8 * KB, 11 * KB) if nested else (4 * KB, 6 * KB)
-    stages = min((227 * KB + fixed - fixed_most - 64 * KB - x) // stage, 12)
-    shared = 64 * KB + x + stages * stage - fixed
+    shared = 144 * KB + 2 * 32 * (16 * 2 * 32 + 32 + 36 * 4) - (8 * KB if nested else 4 * KB)
     threads = (warps + (3 if nested else 2)) * 32
-    return {"n": rows, "tiles": tiles, "stages": stages, "cluster": cluster, "shared": shared, "threads": threads}
+    return {"n": rows, "tiles": tiles, "cluster": cluster, "shared": shared, "threads": threads}
 
 
 def mma(draw, kernel, m, k):
@@ -116,7 +113,7 @@ def settings(kernel, seed, blocks):
     m = draw.randint(1, 8 if kernel.which == "STREAM" else kernel.tokens * 5 // 4)  # two tiles now and then
     nested = draw.random() < 0.5 if kernel.nested is None else kernel.nested
     if kernel.which == "STREAM":
-        launch = stream(draw, m, k, nested)
+        launch = stream(draw, k, nested)
     else:
         launch = {"MMA": mma, "WGMMA": wgmma, "LARGE": large}[kernel.which](draw, kernel, m, k)
     return {
@@ -156,19 +153,19 @@ MISTAKES = {
     ),
     "a stage is filled before it is empty": (
         "stream bf16",
-        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<0, END>",
-        "        copy_weights<0, END>",
+        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<0, HALF>",
+        "        copy_weights<0, HALF>",
     ),
     "sums are added before all are there": (
         "stream bf16",
         "                named_barrier(1, threads);\n                for (u32 i = threadIdx.x; i < min(COUNT",
         "                for (u32 i = threadIdx.x; i < min(COUNT",
     ),
-    "a barrier counts too few": ("stream f16", "3 * WARP : 2 * WARP + 1;", "3 * WARP : 2 * WARP;"),
+    "a barrier counts too few": ("stream f16", "whole ? 2 + WARP", "whole ? 1 + WARP"),
     "a barrier of codes counts too few": (
         "stream nested f16",
-        "3 * WARP : 2 * WARP + 1;",
-        "3 * WARP - 1 : 2 * WARP + 1;",
+        "nested ? 3 + 2 * WARP",
+        "nested ? 2 + 2 * WARP",
     ),
     "x is read before it has come": (
         "wgmma bf16 16",

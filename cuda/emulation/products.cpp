@@ -141,7 +141,7 @@ int main(int count, char** arguments) {
 #endif
     });
 #elif defined(STREAM)
-    const u32 tiles = settings.get("tiles", 1), stages = settings.get("stages", 2);
+    const u32 tiles = settings.get("tiles", 1);
     Pieces pieces{};
     u32 first = 0;
     for (size_t i = 0; i < matrices.size(); ++i) {
@@ -156,7 +156,7 @@ int main(int count, char** arguments) {
     }
     launch.blocks_x = first * launch.cluster;
     machine::run(launch, weather, [&] {
-        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, stages, u32(matrices.size()), pieces);
+        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, u32(matrices.size()), pieces);
     });
 #else
     Problem problem{};

@@ -11,7 +11,8 @@
 // in bf16 has a relative rounding error of 7.8e-4, half of what rounding each dequantized weight to bf16 costs; FP4 × 12 is
 // exact.) Any other 16 values would do as well: nothing else here knows the code.
 //
-// Decoding: one lookup a byte, byte → two 16-bit values, in a table with a copy for each bank (32 KB): no conflicts.
+// Decoding: one lookup a byte, byte → two 16-bit values in the order of the MMA (the high nibble, which is the earlier weight, in the low
+// half), in a table with a copy for each bank (32 KB): no conflicts.
 #pragma once
 #include "mma_sync.cuh"
 #include "shared.cuh"
@@ -47,26 +48,12 @@ struct StaticPairs {
         u32* to = words;
         fill_pairs(values, threads, [&](u32 at, u32 pair) { *reinterpret_cast<uint4*>(to + at / 4) = make_uint4(pair, pair, pair, pair); });
     }
-    DEVICE u32 get(u32 at) const { return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(words) + (at | lane4)); }
-};
-// At a multiple of its size, from where the block's shared memory begins (which in a cluster is not at 0): then an AND and an OR
-// make the address, and dynamic shared memory can lie on both sides.
-struct AlignedPairs {
-    static constexpr u32 AT = 32768;
-    u32 lane_copy;  // address + 4 · lane
-    DEVICE AlignedPairs(u32 begin, u32 lane) : lane_copy(begin + AT + lane * 4) {}
-    DEVICE void fill(const Values& values, u32 threads) const {
-        const u32 table = lane_copy & ~(AT - 1);
-        fill_pairs(values, threads, [&](u32 at, u32 pair) { store_words(table + at, pair, pair, pair, pair); });
+    template <int J> DEVICE u32 of(u32 word) const {
+        const u32 at = (J == 0 ? word << 7 : word >> (8 * J - 7)) & 0x7f80u;
+        return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(words) + (at | lane4));
     }
-    DEVICE u32 get(u32 at) const { return look_up(at | lane_copy); }
 };
 DEVICE u32 shared_begin(const void* anything_shared) { return shared_address(anything_shared) & 0xff000000u; }
-
-// Byte J of `word` as two values in the order of the MMA: the high nibble, which is the earlier weight, in the low half.
-template <int J, class Pairs> DEVICE u32 decode(u32 word, const Pairs& pairs) {
-    return pairs.get((J == 0 ? word << 7 : word >> (8 * J - 7)) & 0x7f80u);
-}
 
 // One block of 64 weights of TILES tiles of 16 rows times COLUMNS tiles of 8 tokens: w are the lane's 8 bytes of rows g and g + 8 of
 // each tile, b its activations of the block, d the sums (of unscaled values). Tiles and columns alternate, so that no MMA waits for
@@ -79,8 +66,8 @@ DEVICE void block_product(float (&d)[TILES][COLUMNS][4], const uint2 (&w)[TILES]
         for (int c = 0; c < COLUMNS; ++c) d[i][c][0] = d[i][c][1] = d[i][c][2] = d[i][c][3] = 0.f;
 #define BYTES(p, q, word, j, r0, r1)                                                                          \
     _Pragma("unroll") for (int i = 0; i < TILES; ++i) {                                                       \
-        const u32 a0 = decode<p>(w[i][0].word, pairs), a1 = decode<p>(w[i][1].word, pairs);                   \
-        const u32 a2 = decode<q>(w[i][0].word, pairs), a3 = decode<q>(w[i][1].word, pairs);                   \
+        const u32 a0 = pairs.template of<p>(w[i][0].word), a1 = pairs.template of<p>(w[i][1].word);           \
+        const u32 a2 = pairs.template of<q>(w[i][0].word), a3 = pairs.template of<q>(w[i][1].word);           \
         _Pragma("unroll") for (int c = 0; c < COLUMNS; ++c)                                                   \
             mma<T>(d[i][c], a0, a1, a2, a3, b[c][j].r0, b[c][j].r1);                                          \
     }

@@ -1,21 +1,37 @@
 // The serving side of four_bit_stream.cu: which stages a block goes through, and the warps that bring weights and scales.
 #pragma once
 #include "async_copy.cuh"
-#include "hopper.cuh"
+#include "bulk.cuh"
 #include "mma.cuh"
 #include "shared.cuh"
 
 constexpr u32 MOST_WARPS = 16;  // that compute
-constexpr u32 MOST_STAGES = 12;
+constexpr u32 STAGES = 3;
 constexpr u32 SLICE = 2;        // blocks of 64 that a warp has of a stage
 constexpr u32 ROWS = 32;        // of a stage: two tiles
 constexpr u32 GROUP = 8;        // tiles whose sums are in registers at a time
 
+// The pair table (mma.cuh) at 64 K from where the block's shared memory begins (which in a cluster is not at 0), in rows of 256 bytes:
+// then one byte permutation makes a look-up's address. Between the rows are 128 bytes for something else, and dynamic shared memory
+// lies on both sides.
+struct SpacedPairs {
+    static constexpr u32 AT = 65536, ROW = 256, BYTES = 256 * ROW, GAP_AT = WARP * 4;
+    u32 lane_copy;  // address + 4 · lane
+    DEVICE SpacedPairs(u32 begin, u32 lane) : lane_copy(begin + AT + lane * 4) {}
+    DEVICE void fill(const Values& values, u32 threads) const {
+        const u32 table = lane_copy & ~(BYTES - 1);
+        fill_pairs(values, threads, [&](u32 at, u32 pair) { store_words(table + at / GAP_AT * ROW + at % GAP_AT, pair, pair, pair, pair); });
+    }
+    template <int J> DEVICE u32 of(u32 word) const { return look_up(__byte_perm(word, lane_copy, 0x7604 | J << 4)); }
+};
+
 // A stage: rows of weights, then rows of scales, each padded so that 8 of them lie in different banks.
 constexpr u32 ROW_BYTES = MOST_WARPS * SLICE * 32 + 32, SCALE_FLOATS = MOST_WARPS * SLICE + 4;
 constexpr u32 STAGE_BYTES = ROWS * (ROW_BYTES + SCALE_FLOATS * 4);
-// Where one serving warp has the scales and copies weights too, the other has the rows of a stage below this one.
-constexpr u32 SPLIT_ROW = 20;
+// Where things are in shared memory, from where it begins.
+constexpr u32 FIRST_AT = SpacedPairs::AT - STAGE_BYTES;
+constexpr u32 SUMS_AT = SpacedPairs::AT + SpacedPairs::BYTES, SUMS_BYTES = MOST_WARPS * 2 * TILE_FLOATS * 4;
+constexpr u32 RING_AT = SUMS_AT + SUMS_BYTES, END_AT = RING_AT + (STAGES - 1) * STAGE_BYTES;
 
 // Nested scales on their way: codes of a stage's rows, then two nested scales a row.
 constexpr u32 CODE_WORDS = MOST_WARPS * SLICE / 4, CODE_ROW = CODE_WORDS * 4 + 4;
@@ -32,8 +48,8 @@ struct Weight {
 // A ring's place and the parity of its turn.
 struct Turn {
     u32 stage = 0, parity = 0;
-    DEVICE void next(u32 stages) {
-        if (++stage == stages) stage = 0, parity ^= 1;
+    DEVICE void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
 
@@ -43,10 +59,10 @@ struct Share {
     u32 N, blocks;             // rows; blocks of 64 in a row
     u32 first, last, steps;    // blocks of 64 of this block's part of K; steps that it takes
     u32 first_tile, tiles;     // of 16 rows
-    u32 stages;
-    u32 full, empty, codes, x, ring;  // shared addresses
-    DEVICE u32 stage(u32 i) const { return ring + i * STAGE_BYTES; }
-    DEVICE u32 scales(u32 i) const { return ring + i * STAGE_BYTES + ROWS * ROW_BYTES; }
+    u32 full, empty, codes, begin;  // shared addresses
+    // The first stage ends where the pair table begins, the others lie behind it.
+    DEVICE u32 stage(u32 i) const { return begin + (i == 0 ? FIRST_AT : RING_AT + (i - 1) * STAGE_BYTES); }
+    DEVICE u32 scales(u32 i) const { return stage(i) + ROWS * ROW_BYTES; }
     DEVICE u32 rows(u32 row0) const { return min(min(ROWS, N - row0), (first_tile + tiles) * 16 - row0); }
 };
 
@@ -68,44 +84,32 @@ struct Walk {
     }
 };
 
-// Copies rows [BEGIN, END) of a stage, 16 bytes a lane: a row is up to 64 chunks of them. Two warps feed sixteen, so the loop is
-// nothing but copies and one pointer.
+// Copies rows [BEGIN, END) of a stage's weights in bulk, a lane a row, up to 1 KB. A warp issues such copies one by one, about 60 cycles each:
+// all 32 rows would take it as long as the others take for the stage, so those that serve share them.
 template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const Weight& weight, u32 stage, const Walk& at, u32 lane) {
-    const u64 row_bytes = u64(share.blocks) * 32;
-    const u32 chunks = at.width() * 2, rows = share.rows(at.row0());
-    const bool low = lane < chunks, high = lane + WARP < chunks;
-    const u8* from = weight.packed + (at.row0() + BEGIN) * row_bytes + at.block() * 32 + lane * 16;
-    const u32 to = share.stage(stage) + BEGIN * ROW_BYTES + lane * 16;
-    auto row = [&](u32 i) {
-        if (low) copy16(to + i * ROW_BYTES, from);
-        if (high) copy16(to + i * ROW_BYTES + WARP * 16, from + WARP * 16);
-        from += row_bytes;
-    };
-    if (rows >= END) {
-#pragma unroll
-        for (u32 i = 0; i < END - BEGIN; ++i) row(i);
-    } else {
-#pragma unroll 1
-        for (u32 i = 0; BEGIN + i < rows; ++i) row(i);
-    }
+    const u32 end = min(END, share.rows(at.row0())), row = BEGIN + lane, bytes = at.width() * 32, full = share.full + stage * 8;
+    if (lane == 0) barrier_expect(full, end > BEGIN ? (end - BEGIN) * bytes : 0);
+    __syncwarp();
+    if (row < end)
+        bulk_load(share.stage(stage) + row * ROW_BYTES, weight.packed + u64(at.row0() + row) * share.blocks * 32 + at.block() * 32, bytes, full);
 }
+constexpr u32 HALF = ROWS / 2, QUARTER = ROWS / 4;
 
-template <u32 END> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
+DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        copy_weights<0, END>(share, weight, turn.stage, at, lane);
-        barrier_arrive_copies(share.full + turn.stage * 8);
-        turn.next(share.stages);
+        copy_weights<0, HALF>(share, weight, turn.stage, at, lane);
+        turn.next();
     }
 }
 
-// Plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
+// The second half of the rows, and plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
 DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        copy_weights<SPLIT_ROW, ROWS>(share, weight, turn.stage, at, lane);
+        copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         // Four rows at a time, eight chunks of 16 bytes each.
         const u32 first_row = lane / 8, chunk = lane % 8, rows = share.rows(at.row0());
         const bool valid = chunk < at.width() / 4;
@@ -118,13 +122,12 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
             from += 4 * u64(share.blocks);
         }
         barrier_arrive_copies(share.full + turn.stage * 8);
-        if (lane == 0) barrier_arrive(share.full + turn.stage * 8);
-        turn.next(share.stages);
+        turn.next();
     }
 }
 
-// Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes: another warp copies all weights. Warp `part` of two
-// has half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
+// A quarter of the rows, and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
+// has scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
 // half of a row's. `map` is filled by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
     constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
@@ -169,6 +172,8 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) words[w] = load_word(from + row * CODE_ROW + (half * WORDS + w) * 4);
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
+        if (part == 0) copy_weights<HALF, HALF + QUARTER>(share, weight, turn.stage, now, lane);
+        else copy_weights<HALF + QUARTER, ROWS>(share, weight, turn.stage, now, lane);
         const u32 to = share.scales(turn.stage) + (row * SCALE_FLOATS + half * WORDS * 4) * 4;
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) {
@@ -178,11 +183,12 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
             store_float4(to + w * 16, make_float4(scale(0), scale(1), scale(2), scale(3)));
         }
         barrier_arrive(share.full + turn.stage * 8);
-        turn.next(share.stages);
+        turn.next();
     }
 }
 
-// Any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the ring does not matter.
+// The second half of the rows, and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the
+// ring does not matter.
 DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
     constexpr u32 BATCH = 8;
     Turn turn;
@@ -191,8 +197,7 @@ DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_bloc
     const float offset = plain ? 0.f : __ldg(weight.offset);
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        copy_weights<SPLIT_ROW, ROWS>(share, weight, turn.stage, at, lane);
-        barrier_arrive_copies(share.full + turn.stage * 8);
+        copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
         const u32 width = lane < share.rows(at.row0()) ? at.width() : 0;
         const u64 row = u64(at.row0() + lane) * share.blocks + at.block();
@@ -214,6 +219,6 @@ DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_bloc
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(share.full + turn.stage * 8);
-        turn.next(share.stages);
+        turn.next();
     }
 }

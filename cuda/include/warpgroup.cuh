@@ -19,10 +19,6 @@ DEVICE void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 
 }
 DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
-// An arrival that also announces bytes of copies.
-DEVICE void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
 // Makes this thread's writes to shared memory visible to MMAs.
 DEVICE void fence_for_mma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

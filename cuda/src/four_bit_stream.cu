@@ -14,8 +14,8 @@
 //                                                                 activations of a step in registers for all tiles
 //
 // so that memory is read 1 KB of a row at a time. Two more warps serve, three where scales are nested (stream.cuh): they fill a ring
-// of 3 or 4 such stages by asynchronous copies, with a full and an empty barrier a stage, and see to the scales. Activations of the
-// next step come by way of shared memory while this one is worked on.
+// of 3 such stages, weights by a copy in bulk for each row, with a full and an empty barrier a stage, and see to the scales.
+// Activations of the next step come by way of shared memory while this one is worked on.
 //
 // Sums stay in registers along K; then the warps' are added through shared memory in fixed order. Where activations would weigh as
 // much as weights (few tiles a block, long K), two blocks of a cluster split K between them and add their sums over distributed
@@ -23,7 +23,8 @@
 //
 // Programmatic dependent launch: the table is made before the kernel waits for the one ahead of it.
 //
-// Shared memory, by address: static; sums of a round; the pair table at 32 K; activations; the ring.
+// Shared memory, by address: static; the first stage of the ring; from 64 K on the pair table, in whose gaps activations lie (a gap has a
+// token's 64 of a block); sums of a round; the other two stages.
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a block and group + 2·M·N.
 #include "stream.cuh"
 
@@ -31,10 +32,10 @@
 #error "compile with -DELEMENT=Bf16 or F16 and -DNESTED=0 or 1, whether all scales are nested"
 #endif
 
-constexpr u32 SERVING = NESTED ? 3 : 2;   // warps
-constexpr u32 ROUND = 2;                  // tiles whose sums are added at a time while the ring is in use
-constexpr u32 X_ROW = SLICE * 128 + 16;   // a warp's activations of a token of a step, and what keeps tokens in different banks
-constexpr u32 X_AT = AlignedPairs::AT + TABLE_WORDS * 4;
+constexpr u32 SERVING = NESTED ? 3 : 2;          // warps
+constexpr u32 ROUND = 2;                         // tiles whose sums are added at a time while the ring is in use
+constexpr u32 X_ROW = SLICE * SpacedPairs::ROW;  // from a warp's activations of a token to those of the next
+static_assert(MOST_WARPS * 8 * X_ROW == SpacedPairs::BYTES && SUMS_BYTES == MOST_WARPS * ROUND * TILE_FLOATS * 4);
 constexpr u32 MOST_PIECES = 8;
 
 struct Piece {
@@ -54,7 +55,7 @@ template <u32 V> struct Constant { static constexpr u32 value = V; };
 // alternate, so that there is always something to do while one waits.
 template <int COUNT>
 DEVICE void multiply(float (&sums0)[4], float (&sums1)[4], u32 at, u32 scales, const uint4 (&b)[SLICE][1][2],
-                     const AlignedPairs& pairs) {
+                     const SpacedPairs& pairs) {
     uint2 w[SLICE][COUNT][2];
     float2 s[COUNT][2];
 #pragma unroll
@@ -88,14 +89,13 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                        u64 values0, u64 values1, u64 values2, u64 values3,  // the code's 16 values, 16 bits each
                        float ungain,         // what the sums are multiplied with: 1 / the gain of the values
                        u32 tiles_per_block,  // tiles of 16 rows that a block (a cluster, if K is split) owns; ≤ 8 in a cluster
-                       u32 stages,           // of the ring, ≤ MOST_STAGES
                        u32 pieces,           // ≤ MOST_PIECES; all their scales are nested or none are
                        const __grid_constant__ Pieces all) {
     __shared__ float map[256];
     __shared__ __align__(16) u8 codes[NESTED ? CODE_STAGES * CODE_STAGE_BYTES : 16];
     __shared__ float partial[GROUP * TILE_FLOATS];
-    __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
-    extern __shared__ __align__(128) u8 dynamic[];  // sums [warp][tile of a round][lane][4]; …
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    extern __shared__ __align__(128) u8 dynamic[];
     let_dependents_start();
 
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -117,13 +117,10 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     share.steps = (share.last - share.first + share.warps * SLICE - 1) / (share.warps * SLICE);
     share.first_tile = (cluster - piece.first) * tiles_per_block;
     share.tiles = min(tiles_per_block, (piece.N + 15) / 16 - share.first_tile);
-    share.stages = stages;
     share.full = shared_address(barriers);
-    share.empty = share.full + MOST_STAGES * 8;
+    share.empty = share.full + STAGES * 8;
     share.codes = shared_address(codes);
-    const u32 begin = shared_begin(dynamic);
-    share.x = begin + X_AT;
-    share.ring = share.x + share.warps * M * X_ROW;
+    share.begin = shared_begin(dynamic);
     const u32 threads = share.warps * WARP;  // that compute
 
     auto put = [&](u32 i, float value) {  // i: [tile][lane][4]
@@ -138,41 +135,42 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         // What serves is under way before the table is made.
         const bool rows_of_four = share.blocks % 4 == 0 && share.first % 4 == 0 && log2_block == 6;
         const bool nested = NESTED && rows_of_four && nested_shift >= 5 && reinterpret_cast<u64>(weight.absmax) % 4 == 0;
+        const bool whole = !NESTED && rows_of_four && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
         if (warp == share.warps) {
-            const u32 arrivals = nested ? 3 * WARP : 2 * WARP + 1;
-            if (lane < stages) barrier_init(share.full + lane * 8, arrivals), barrier_init(share.empty + lane * 8, share.warps);
+            // Of each warp that expects bytes, and of those who bring scales.
+            const u32 arrivals = nested ? 3 + 2 * WARP : whole ? 2 + WARP : 2 + 1;
+            if (lane < STAGES) barrier_init(share.full + lane * 8, arrivals), barrier_init(share.empty + lane * 8, share.warps);
             barrier_init_fence();
         }
         wait_for_predecessors();
         named_barrier(2, SERVING * WARP);
         named_barrier_arrive(3, blockDim.x);
         const u32 part = warp - share.warps;
-        if (nested) {
-            if (part == 0) serve_weights<ROWS>(share, weight, lane);
-            else serve_nested_scales(share, weight, nested_shift, map, part - 1, lane);
-        } else if (part == 0) {
-            serve_weights<SPLIT_ROW>(share, weight, lane);
-        } else if (part == 1) {
+        if (part == 0) serve_weights(share, weight, lane);
+        else if (nested) serve_nested_scales(share, weight, nested_shift, map, part - 1, lane);
+        else if (whole) serve_whole_scales(share, weight, lane);
+        else if (part == 1) {
             if (NESTED)
                 for (u32 i = lane; i < 256; i += WARP) map[i] = __ldg(weight.map + i);
             __syncwarp();
-            const bool whole = !NESTED && rows_of_four && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
-            if (whole) serve_whole_scales(share, weight, lane);
-            else serve_scales(share, weight, log2_block, nested_shift, map, lane);
+            serve_scales(share, weight, log2_block, nested_shift, map, lane);
         }
     } else {
         const u32 g = lane / 4, t = lane % 4;
-        const AlignedPairs pairs(begin, lane);
+        const SpacedPairs pairs(share.begin, lane);
         const u32 weights_at = g * ROW_BYTES + warp * (SLICE * 32) + t * 8;
         const u32 scales_at = (g * SCALE_FLOATS + warp * SLICE) * 4;
-        // Activations of a step have a place a warp: [token][128 of K], padded. Rows beyond M are row 0 again: their sums are not
-        // used. Beyond K they are 0.
-        const u32 x_ring = share.x + warp * M * X_ROW, x_at = x_ring + (g < M ? g : 0) * X_ROW + t * 32;
+        // Activations of a step have a place a warp: [token][block][64]. Chunks of 16 bytes are swapped in pairs for odd tokens, so that
+        // what lanes of two tokens read at a time is in different banks. Rows beyond M are row 0 again: their sums are not used. Beyond K
+        // they are 0.
+        const u32 x_ring = share.begin + SpacedPairs::AT + SpacedPairs::GAP_AT + warp * 8 * X_ROW;
+        const u32 token = g < M ? g : 0, x_at = x_ring + token * X_ROW + t * 32, swap = token % 2 * 16;
         auto copy_activations = [&](u32 step) {
-            const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, chunk = lane % 16;
-            const bool valid = block + chunk / 8 < share.last;
-            for (u32 m = half; m < M; m += 2)
-                copy16(x_ring + m * X_ROW + chunk * 16, x + (valid ? u64(m) * K + block * 64 + chunk * 8 : 0), valid);
+            const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;
+            const bool valid = block + k < share.last;
+            for (u32 m = half; m < M; m += 2)  // all odd or all even
+                copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + (chunk ^ half) * 16,
+                       x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
             commit();
         };
         pairs.fill(Values{{values0, values1, values2, values3}}, threads);
@@ -192,7 +190,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 __syncwarp();
 #pragma unroll
                 for (u32 k = 0; k < SLICE; ++k)
-                    b[k][0][0] = load_uint4(x_at + k * 128), b[k][0][1] = load_uint4(x_at + k * 128 + 16);
+                    b[k][0][0] = load_uint4(x_at + k * SpacedPairs::ROW + swap), b[k][0][1] = load_uint4(x_at + k * SpacedPairs::ROW + (16 ^ swap));
                 __syncwarp();
                 if (step + 1 < share.steps) copy_activations(step + 1);
                 else if (group + GROUP < share.tiles) copy_activations(0);
@@ -201,7 +199,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                     if (block < share.last) work(share.stage(turn.stage) + weights_at, share.scales(turn.stage) + scales_at);
                     __syncwarp();
                     if (lane == 0) barrier_arrive(share.empty + turn.stage * 8);
-                    turn.next(stages);
+                    turn.next();
                 };
 #pragma unroll
                 for (int a = 0; a < GROUP; a += 2)
@@ -232,10 +230,11 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 }
             };
             // The last group has the ring to itself.
-            if (group + GROUP >= share.tiles)
-                add_up(Constant<GROUP>(), 0, reinterpret_cast<float*>(dynamic + (share.ring - shared_address(dynamic))));
+            static_assert(END_AT - SUMS_AT >= MOST_WARPS * GROUP * TILE_FLOATS * 4);
+            float* const place = reinterpret_cast<float*>(dynamic + (share.begin + SUMS_AT - shared_address(dynamic)));
+            if (group + GROUP >= share.tiles) add_up(Constant<GROUP>(), 0, place);
             else
-                for (u32 from = 0; from < tiles; from += ROUND) add_up(Constant<ROUND>(), from, reinterpret_cast<float*>(dynamic));
+                for (u32 from = 0; from < tiles; from += ROUND) add_up(Constant<ROUND>(), from, place);
         }
     }
     if (ranks > 1) {

@@ -5,6 +5,7 @@
 inline void barrier_init(u32 barrier, u32 count) { machine::barrier_init(barrier, count); }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(u32 barrier) { machine::barrier_arrive(barrier); }
+inline void barrier_expect(u32 barrier, u32 bytes) { machine::barrier_expect(barrier, bytes); }
 inline void barrier_arrive_copies(u32 barrier) { machine::arrive_after_copies(barrier); }
 inline void barrier_wait(u32 barrier, u32 parity) { machine::barrier_wait(barrier, parity); }
 

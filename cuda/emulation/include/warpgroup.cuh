@@ -30,7 +30,6 @@ inline void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 column, u32 
         });
     }
 }
-inline void barrier_expect(u32 barrier, u32 bytes) { machine::barrier_expect(barrier, bytes); }
 inline void fence_for_mma() { machine::fence(); }
 template <int N> void more_registers() { machine::registers(N); }
 template <int N> void fewer_registers() { machine::registers(N); }

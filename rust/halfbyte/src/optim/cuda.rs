@@ -33,6 +33,9 @@ pub struct Entry {
     pub update_squares: Pointer,
     /// Number in the group, for random bits.
     pub index: u32,
+    /// Whether parameter, gradient, states and scales are all in memory that stays on the device. Copies in bulk are for such memory:
+    /// a page that the driver has moved to the host was an illegal address to them.
+    pub resident: bool,
 }
 
 /// Words of an entry, beside the pointer of its gradient.
@@ -42,7 +45,7 @@ const WORDS: usize = 12;
 const MOST_WORDS: usize = 480;
 
 /// Elements from which on a parameter is worked on by tiles on Hopper: with fewer, not every multiprocessor has a tile.
-const LARGE: usize = 1 << 20;
+pub const LARGE: usize = 1 << 20;
 
 /// Numbers of parts that a parameter's sums of squares are made of, in cuda/include/optim.cuh.
 const SLICES: usize = 32;
@@ -165,6 +168,7 @@ impl Entry {
         let aligned = |pointers: &[Pointer]| pointers.iter().all(|p| p.is_multiple_of(16));
         self.eight
             && self.n >= LARGE
+            && self.resident
             && self.p.1 == self.grad.1
             && matches!(self.p.1, Some(Dtype::Bf16 | Dtype::F16))
             && aligned(&[self.p.0, self.grad.0])
@@ -536,6 +540,7 @@ mod tests {
             eight: true,
             states: [1 << 8, 1 << 9, 0],
             absmax: [1 << 10, 1 << 11, 0],
+            resident: true,
             ..Entry::default()
         }
     }
@@ -546,6 +551,7 @@ mod tests {
         let none = [
             entry(LARGE - 1),
             Entry { eight: false, ..large },
+            Entry { resident: false, ..large },
             Entry { grad: (large.grad.0, Some(Dtype::F16)), ..large },
             Entry { p: (large.p.0, Some(Dtype::F32)), grad: (large.grad.0, Some(Dtype::F32)), ..large },
             Entry { p: (large.p.0 + 8, large.p.1), ..large },

@@ -4,7 +4,7 @@ use halfbyte::optim::cuda::{self, Entry, Factors, Memory as Places, Numbers, Tab
 use halfbyte::optim::{Rule, Scalars};
 use std::ops::Range;
 
-use halfbyte::device::cuda::{Stream, capture_of, memory_left, prefetch};
+use halfbyte::device::cuda::{Stream, capture_of, is_resident, memory_left, prefetch};
 use halfbyte::optim::BLOCK;
 use halfbyte::{Dtype, Error};
 use pyo3::intern;
@@ -84,7 +84,7 @@ impl Memory {
     }
 
     /// Brings the table up to date: gradients alone where nothing else has changed, which is nearly always.
-    fn update(&mut self, slots: &mut [Slot], gradients: &[Gradient<'_>]) {
+    fn update(&mut self, device: i32, slots: &mut [Slot], gradients: &[Gradient<'_>]) -> Result<(), Error> {
         let mut same_layout = self.entries.len() == slots.len();
         self.entries.resize(slots.len(), Entry::default());
         for (i, ((slot, gradient), old)) in slots.iter_mut().zip(gradients).zip(&mut self.entries).enumerate() {
@@ -92,13 +92,14 @@ impl Memory {
             if !slot.is_fresh && same_layout && old.step == slot.step_at as u64 {
                 if old.grad != grad {
                     old.grad = grad;
+                    old.resident = stays(slot, grad.0, device)?;
                     self.table.set_grad(i, old);
                 }
                 continue;
             }
             slot.is_fresh = false;
-            let new = entry(slot, grad, i);
-            same_layout &= Entry { grad, ..*old } == new;
+            let new = Entry { resident: stays(slot, grad.0, device)?, ..entry(slot, grad, i) };
+            same_layout &= Entry { grad, resident: new.resident, ..*old } == new;
             *old = new;
             if same_layout {
                 self.table.set_grad(i, old);
@@ -112,6 +113,7 @@ impl Memory {
             }
             self.table = table;
         }
+        Ok(())
     }
 
     /// Sends what has changed of the table.
@@ -149,7 +151,13 @@ fn entry(slot: &Slot, grad: (u64, Option<Dtype>), index: usize) -> Entry {
         step: slot.step_at as u64,
         update_squares: places.unorm as u64,
         index: index as u32,
+        resident: false,
     }
+}
+
+/// Whether all of a large parameter is in memory that stays on the device, its gradient too.
+fn stays(slot: &Slot, grad: u64, device: i32) -> Result<bool, Error> {
+    Ok(slot.places.resident && (grad == 0 || is_resident(device, grad)?))
 }
 
 /// The stream of the plan's device.
@@ -195,7 +203,7 @@ pub(super) fn step(
     if count == 0 {
         return Ok(0);
     }
-    memory.update(slots, gradients);
+    memory.update(device, slots, gradients).map_err(raise)?;
     let places = memory.send(py, &stream, capture, rule.has_trust())?;
     let table = &memory.table;
     let numbers = if capturable {
@@ -332,7 +340,7 @@ pub(super) fn add_squares(
 ) -> PyResult<()> {
     let stream = stream_of(py, device, slots)?;
     let capture = capture_of(&stream).map_err(raise)?;
-    memory.update(slots, gradients);
+    memory.update(device, slots, gradients).map_err(raise)?;
     let places = memory.send(py, &stream, capture, true)?;
     // SAFETY: the table is sent and was checked; torch keeps memory for as long as its stream needs it.
     unsafe { cuda::add_squares(&stream, &memory.table, &places, total, is_first, root) }.map_err(raise)

@@ -51,6 +51,25 @@ pub(super) struct Places {
     pub(super) unorm: usize,
     /// Bytes of states that the driver moves between host and device.
     pub(super) paged: usize,
+    /// Whether it is a large parameter of a GPU, and all of it in memory that stays there.
+    pub(super) resident: bool,
+}
+
+#[cfg(feature = "cuda")]
+impl Places {
+    /// Whether it is large and the driver knows all of it, the gradient apart, as memory of the device itself.
+    fn is_resident(&self, device: i32) -> Result<bool, Error> {
+        if self.n < halfbyte::optim::cuda::LARGE || self.paged > 0 {
+            return Ok(false);
+        }
+        let all = self.states.iter().chain(&self.absmax).chain([&self.p]).filter(|address| **address != 0);
+        for address in all {
+            if !halfbyte::device::cuda::is_resident(device, *address as u64)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
 }
 
 /// See the head of this file.
@@ -262,6 +281,10 @@ impl Slot {
             crate::expect_len(&unorm, 1).map_err(raise)?;
             reach(&unorm, place)?;
             places.unorm = unorm.address();
+        }
+        #[cfg(feature = "cuda")]
+        if let Place::Cuda(device) = place {
+            places.resident = places.is_resident(device).map_err(raise)?;
         }
         Ok(places)
     }

@@ -103,6 +103,20 @@ pub fn is_reachable(ordinal: i32, address: Pointer) -> Result<bool> {
     Ok((is_known && managed != 0) || (is_mapped && mapped == address))
 }
 
+/// Whether memory at an address is a device's own, which it stays: neither managed nor the host's.
+pub fn is_resident(ordinal: i32, address: Pointer) -> Result<bool> {
+    use sys::CUpointer_attribute as Attribute;
+    let _entered = device(ordinal)?.enter()?;
+    let (mut kind, mut managed) = (0u32, 0u32);
+    let mut names = [Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, Attribute::CU_POINTER_ATTRIBUTE_IS_MANAGED];
+    let mut values = [(&raw mut kind).cast(), (&raw mut managed).cast()];
+    // SAFETY: two attributes, and pointers to what they are, which live through the call. Of memory that the driver does not know it
+    // says nothing: zeros, of which the first is no type of memory.
+    let known =
+        unsafe { sys::cuPointerGetAttributes(2, names.as_mut_ptr(), values.as_mut_ptr(), address) }.result().is_ok();
+    Ok(known && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 && managed == 0)
+}
+
 /// An error that names the argument, for memory that a device cannot use.
 pub fn check_reachable(argument: &'static str, ordinal: i32, address: Pointer) -> Result<()> {
     if is_reachable(ordinal, address)? {

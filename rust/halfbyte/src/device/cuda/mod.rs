@@ -12,7 +12,7 @@ mod tensor_map;
 
 pub use context::{Device, capture_of, device, device_count, driver_version};
 pub use kernel::{Arguments, Kernel, Launch, THREADS, images_for};
-pub use managed::{Managed, check_reachable, is_reachable, memory_left, prefetch};
+pub use managed::{Managed, check_reachable, is_reachable, is_resident, memory_left, prefetch};
 pub use memory::{device_of, read};
 pub(crate) use tensor_map::{Around, MapElement, matrix};
 pub use tensor_map::{TensorMap, byte_matrix};
