@@ -145,13 +145,11 @@ class Plans:
         if self._version != optimizer.mng.version or len(self._groups) != len(optimizer.param_groups):
             return False
         for (group, params), now in zip(self._groups, optimizer.param_groups, strict=True):
-            if group is not now or len(params) != len(now["params"]) or not all(map(is_, params, now["params"])):
+            if group is not now or not _native.same_items(params, now["params"]):
                 return False
-        states = list(optimizer.state.values())
         return (
-            len(states) == len(self._states)
-            and all(map(is_, states, self._states))
-            and all(self._in_use)  # none has been emptied
+            _native.same_values(self._states, optimizer.state)
+            and _native.all_filled(self._in_use)
             and all(param.grad is None for param in self._waiting)
         )
 

@@ -38,6 +38,7 @@ from halfbyte.optim._states import (
     unwrap,
     wrap,
 )
+from halfbyte.optim._watched import watched
 from halfbyte.optim.manager import GlobalOptimManager
 
 if TYPE_CHECKING:
@@ -263,6 +264,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=Named):
 
     # ---- steps
 
+    @watched
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.

@@ -154,6 +154,78 @@ pub(crate) struct TensorRef {
     _keeper: Option<Py<PyCapsule>>,
 }
 
+/// Device, type, shape and strides of a tensor, kept to see whether the next one is like it.
+#[derive(Clone, Copy)]
+pub(crate) struct Form {
+    device: DlDevice,
+    dtype: DlDataType,
+    /// Less than zero where there is nothing to compare with.
+    ndim: i32,
+    sizes: [i64; MOST_DIMS],
+    strides: [i64; MOST_DIMS],
+    /// Bits that an address has none of.
+    misaligned: usize,
+}
+
+/// Dimensions that a [`Form`] has room for.
+const MOST_DIMS: usize = 5;
+
+impl Form {
+    /// What no tensor is like.
+    pub(crate) const NONE: Self = Self {
+        device: DlDevice { kind: 0, id: 0 },
+        dtype: DlDataType { code: 0, bits: 0, lanes: 0 },
+        ndim: -1,
+        sizes: [0; MOST_DIMS],
+        strides: [0; MOST_DIMS],
+        misaligned: 0,
+    };
+
+    /// The address of a plain tensor of this form, if its type allows that address; nothing for any other object. All else that was
+    /// found out about the tensor that the form is of holds for this one.
+    #[inline]
+    pub(crate) fn address_of(&self, object: &Bound<'_, PyAny>) -> Option<usize> {
+        let ndim = usize::try_from(self.ndim).ok()?;
+        let (api, plain) = exchange_api(object)?;
+        let fill = api.dltensor_from_py_object.filter(|_| plain)?;
+        let mut place = std::mem::MaybeUninit::<DlTensor>::uninit();
+        // SAFETY: `object` is of the type that the table belongs to.
+        if unsafe { fill(object.as_ptr().cast(), place.as_mut_ptr()) } != 0 {
+            // SAFETY: the GIL is held. Whoever looks at the tensor more closely gets the error again.
+            unsafe { ffi::PyErr_Clear() };
+            return None;
+        }
+        // SAFETY: filled, by what was returned.
+        let tensor = unsafe { place.assume_init_ref() };
+        let same = tensor.ndim == self.ndim
+            && tensor.dtype == self.dtype
+            && tensor.device.kind == self.device.kind
+            && tensor.device.id == self.device.id
+            && (ndim == 0 || !tensor.shape.is_null() && !tensor.strides.is_null());
+        if !same {
+            return None;
+        }
+        for i in 0..ndim {
+            // SAFETY: the producer gave `ndim` sizes and as many strides, and `ndim` is that of the form.
+            if unsafe { *tensor.shape.add(i) != self.sizes[i] || *tensor.strides.add(i) != self.strides[i] } {
+                return None;
+            }
+        }
+        let address = tensor.data as usize + tensor.byte_offset as usize;
+        (address & self.misaligned == 0).then_some(address)
+    }
+}
+
+/// Bytes of an element.
+fn item_size(dtype: DlDataType) -> usize {
+    (dtype.bits as usize * dtype.lanes as usize).div_ceil(8)
+}
+
+/// What addresses of elements must be multiples of.
+fn alignment(dtype: DlDataType) -> usize {
+    item_size(dtype).max(1).next_power_of_two().min(8)
+}
+
 /// Where a tensor lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Place {
@@ -178,6 +250,7 @@ impl TensorRef {
     }
 
     /// As [`TensorRef::new`], for a torch tensor whose memory is what it says; a TypeError for anything else.
+    #[inline]
     pub(crate) fn plain(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         match exchange_api(object) {
             Some((api, true)) => Self::through(api, name, object),
@@ -185,6 +258,7 @@ impl TensorRef {
         }
     }
 
+    #[inline]
     fn through(api: &'static ExchangeApi, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let mut tensor = std::mem::MaybeUninit::<DlTensor>::uninit();
         let fill = api.dltensor_from_py_object.expect("checked when the table was found");
@@ -257,8 +331,34 @@ impl TensorRef {
         self.shape().iter().map(|&size| size as usize).product()
     }
 
+    /// Sizes and strides, where both are given.
+    fn extents(&self) -> Option<(&[i64], &[i64])> {
+        let sizes = self.shape();
+        if sizes.is_empty() {
+            return Some((&[], &[]));
+        }
+        if self.tensor.strides.is_null() {
+            return None;
+        }
+        // SAFETY: where strides are given there are `ndim` of them.
+        let strides = unsafe { std::slice::from_raw_parts(self.tensor.strides, sizes.len()) };
+        Some((sizes, strides))
+    }
+
+    /// The form of this tensor; that of none where it has too many dimensions.
+    pub(crate) fn form(&self) -> Form {
+        let mut form = Form { device: self.tensor.device, dtype: self.tensor.dtype, ..Form::NONE };
+        if let Some((sizes, strides)) = self.extents().filter(|(sizes, _)| sizes.len() <= MOST_DIMS) {
+            form.ndim = self.tensor.ndim;
+            form.misaligned = alignment(form.dtype) - 1;
+            form.sizes[..sizes.len()].copy_from_slice(sizes);
+            form.strides[..sizes.len()].copy_from_slice(strides);
+        }
+        form
+    }
+
     fn item_size(&self) -> usize {
-        (self.tensor.dtype.bits as usize * self.tensor.dtype.lanes as usize).div_ceil(8)
+        item_size(self.tensor.dtype)
     }
 
     pub(crate) fn byte_len(&self) -> usize {
@@ -354,8 +454,7 @@ impl TensorRef {
         if self.tensor.strides.is_null() || self.len() == 0 {
             return Ok(());
         }
-        // SAFETY: where strides are given there are `ndim` of them.
-        let strides = unsafe { std::slice::from_raw_parts(self.tensor.strides, shape.len()) };
+        let strides = self.extents().map_or(&[][..], |(_, strides)| strides);
         let mut expected = 1;
         for (&size, &stride) in shape.iter().zip(strides).rev() {
             if size != 1 && stride != expected {
@@ -367,7 +466,7 @@ impl TensorRef {
             }
             expected *= size;
         }
-        let align = self.item_size().max(1).next_power_of_two().min(8);
+        let align = alignment(self.tensor.dtype);
         if !self.address().is_multiple_of(align) {
             return Err(Error::Shape {
                 argument: self.name,

@@ -50,7 +50,7 @@ mod _native {
     #[pymodule_export]
     use super::optim::PagedBuffer;
     #[pymodule_export]
-    use super::optim::{OptimPlan, optim_grad_norm};
+    use super::optim::{OptimPlan, all_filled, optim_grad_norm, same_items, same_values};
     #[pymodule_export]
     use super::search::encode_4bit;
 }

@@ -131,13 +131,17 @@ impl Table {
     /// # Safety
     /// There must be [`Table::len`] words at `memory`, on the stream's device.
     pub unsafe fn send(&self, stream: &Stream, memory: Pointer, before: &[u64]) -> Result<()> {
+        /// Words that are compared together where nothing has changed, as it has not in most of a table.
+        const STRETCH: usize = 128;
         let differs = |i: usize| before.get(i) != self.words.get(i);
         let mut at = 0;
         while at < self.words.len() {
-            if !differs(at) {
-                at += 1;
+            let mut stretch = at..self.words.len().min(at + STRETCH);
+            if before.get(stretch.clone()) == Some(&self.words[stretch.clone()]) {
+                at = stretch.end;
                 continue;
             }
+            at = stretch.find(|&i| differs(i)).unwrap_or(at);
             let most = self.words.len().min(at + MOST_WORDS);
             let end = (at..most).rev().find(|&i| differs(i)).map_or(at, |last| last + 1);
             // SAFETY: within the table, by the caller's promise.

@@ -83,25 +83,41 @@ impl Memory {
         &mut self.captured[at].1
     }
 
-    /// Brings the table up to date and sends what has changed.
-    fn send(&mut self, py: Python<'_>, stream: &Stream, capture: u64, fresh: &[Entry], sums: bool) -> PyResult<Places> {
-        let same_layout = self.entries.len() == fresh.len()
-            && self.entries.iter().zip(fresh).all(|(old, new)| Entry { grad: new.grad, ..*old } == *new);
-        if same_layout {
-            for (i, (old, new)) in self.entries.iter().zip(fresh).enumerate() {
-                if old.grad != new.grad {
-                    self.table.set_grad(i, new);
+    /// Brings the table up to date: gradients alone where nothing else has changed, which is nearly always.
+    fn update(&mut self, device: i32, slots: &mut [Slot], gradients: &[Gradient<'_>]) -> Result<(), Error> {
+        let mut same_layout = self.entries.len() == slots.len();
+        self.entries.resize(slots.len(), Entry::default());
+        for (i, ((slot, gradient), old)) in slots.iter_mut().zip(gradients).zip(&mut self.entries).enumerate() {
+            let grad = (gradient.address as u64, slot.grad_dtype.filter(|_| gradient.is_some()));
+            if !slot.is_fresh && same_layout && old.step == slot.step_at as u64 {
+                if old.grad != grad {
+                    old.grad = grad;
+                    old.resident = stays(slot, grad.0, device)?;
+                    self.table.set_grad(i, old);
                 }
+                continue;
             }
-        } else {
-            if self.table.blocks() != Table::new(fresh).blocks() {
+            slot.is_fresh = false;
+            let new = Entry { resident: stays(slot, grad.0, device)?, ..entry(slot, grad, i) };
+            same_layout &= Entry { grad, resident: new.resident, ..*old } == new;
+            *old = new;
+            if same_layout {
+                self.table.set_grad(i, old);
+            }
+        }
+        if !same_layout {
+            let table = Table::new(&self.entries);
+            if self.table.blocks() != table.blocks() {
                 // Sums have a place for each block.
                 self.eager.places.sums = 0;
             }
-            self.table = Table::new(fresh);
+            self.table = table;
         }
-        self.entries.clear();
-        self.entries.extend_from_slice(fresh);
+        Ok(())
+    }
+
+    /// Sends what has changed of the table.
+    fn send(&mut self, py: Python<'_>, stream: &Stream, capture: u64, sums: bool) -> PyResult<Places> {
         let table = std::mem::take(&mut self.table);
         let buffers = self.buffers(capture);
         let sent = buffers.reserve(py, stream.device, &table, sums).and_then(|()| {
@@ -120,16 +136,10 @@ impl Memory {
     }
 }
 
-/// A slot as the table has it.
-fn entry(slot: &Slot, gradient: &Gradient<'_>, index: usize, device: i32) -> PyResult<Entry> {
-    let (places, place) = (&slot.places, Place::Cuda(device));
-    let mut grad = (0, None);
-    if let Some(found) = &gradient.tensor {
-        found.expect_place(place).map_err(raise)?;
-        crate::expect_len(found, places.n).map_err(raise)?;
-        grad = (found.address() as u64, Some(found.float().map_err(raise)?));
-    }
-    Ok(Entry {
+/// A slot as the table has it, with its gradient and the gradient's type.
+fn entry(slot: &Slot, grad: (u64, Option<Dtype>), index: usize) -> Entry {
+    let places = &slot.places;
+    Entry {
         p: (places.p as u64, places.dtype),
         grad,
         n: places.n,
@@ -141,31 +151,18 @@ fn entry(slot: &Slot, gradient: &Gradient<'_>, index: usize, device: i32) -> PyR
         step: slot.step_at as u64,
         update_squares: places.unorm as u64,
         index: index as u32,
-        resident: places.resident && (grad.0 == 0 || is_resident(device, grad.0).map_err(raise)?),
-    })
+        resident: false,
+    }
+}
+
+/// Whether all of a large parameter is in memory that stays on the device, its gradient too.
+fn stays(slot: &Slot, grad: u64, device: i32) -> Result<bool, Error> {
+    Ok(slot.places.resident && (grad == 0 || is_resident(device, grad)?))
 }
 
 /// The stream of the plan's device.
 fn stream_of(py: Python<'_>, device: i32, slots: &[Slot]) -> PyResult<Stream> {
     Ok(Stream { device, handle: tensor("params", slots[0].param.bind(py))?.stream()? })
-}
-
-/// The entries of all slots, those without a gradient as they were.
-fn entries(
-    py: Python<'_>,
-    rule: Rule,
-    device: i32,
-    slots: &mut [Slot],
-    gradients: &[Gradient<'_>],
-) -> PyResult<Vec<Entry>> {
-    let mut entries = Vec::with_capacity(slots.len());
-    for (index, (slot, gradient)) in slots.iter_mut().zip(gradients).enumerate() {
-        if gradient.tensor.is_some() {
-            slot.refresh(py, rule, Place::Cuda(device))?;
-        }
-        entries.push(entry(slot, gradient, index, device)?);
-    }
-    Ok(entries)
 }
 
 pub(super) fn step(
@@ -181,7 +178,7 @@ pub(super) fn step(
     let place = Place::Cuda(device);
     let stream = stream_of(py, device, slots)?;
     let capture = capture_of(&stream).map_err(raise)?;
-    let count = gradients.iter().filter(|gradient| gradient.tensor.is_some()).count();
+    let count = gradients.iter().filter(|gradient| gradient.is_some()).count();
     if options.lr.is_some() && !capturable {
         let (expected, got) = ("a number, or a plan made with capturable=True".into(), "a tensor".into());
         return Err(raise(Error::Value { argument: "lr", expected, got }));
@@ -194,7 +191,7 @@ pub(super) fn step(
         max_norm: options.max_norm,
     };
     for (slot, gradient) in slots.iter_mut().zip(gradients) {
-        if gradient.tensor.is_none() {
+        if !gradient.is_some() {
             continue;
         }
         if capturable {
@@ -203,11 +200,11 @@ pub(super) fn step(
             slot.read_steps(py)?;
         }
     }
-    let entries = entries(py, rule, device, slots, gradients)?;
     if count == 0 {
         return Ok(0);
     }
-    let places = memory.send(py, &stream, capture, &entries, rule.has_trust())?;
+    memory.update(device, slots, gradients).map_err(raise)?;
+    let places = memory.send(py, &stream, capture, rule.has_trust())?;
     let table = &memory.table;
     let numbers = if capturable {
         // SAFETY: the table is sent, and tensors of step counts are in it; torch keeps memory for as long as its stream needs it.
@@ -284,7 +281,7 @@ fn host_numbers(
     stream: &Stream,
     places: &Places,
 ) -> PyResult<Numbers> {
-    let mut used = slots.iter().zip(gradients).filter(|(_, gradient)| gradient.tensor.is_some()).map(|(slot, _)| slot);
+    let mut used = slots.iter().zip(gradients).filter(|(_, gradient)| gradient.is_some()).map(|(slot, _)| slot);
     let first = used.next().map_or(0, |slot| slot.steps);
     if used.all(|slot| slot.steps == first) {
         return Ok(Numbers::Same(options.hyper.scalars(rule, first + 1)));
@@ -298,6 +295,9 @@ fn host_numbers(
 impl Slot {
     /// Makes the dict's `step` a tensor on the device, if it is a number, and finds where it is.
     fn count_on_device(&mut self, py: Python<'_>, place: Place, capturing: bool) -> PyResult<()> {
+        if self.is_counted() {
+            return Ok(());
+        }
         let state = self.state.bind(py);
         let key = intern!(py, "step");
         let Some(step) = state.get_item(key)? else {
@@ -324,6 +324,7 @@ impl Slot {
         found.expect_dtype(Dtype::F32).map_err(raise)?;
         crate::expect_len(&found, 1).map_err(raise)?;
         self.step_at = found.address();
+        self.count_from(Some(step.unbind()));
         Ok(())
     }
 }
@@ -332,7 +333,6 @@ impl Slot {
 pub(super) fn add_squares(
     py: Python<'_>,
     device: i32,
-    rule: Rule,
     slots: &mut [Slot],
     memory: &mut Memory,
     gradients: &[Gradient<'_>],
@@ -340,8 +340,8 @@ pub(super) fn add_squares(
 ) -> PyResult<()> {
     let stream = stream_of(py, device, slots)?;
     let capture = capture_of(&stream).map_err(raise)?;
-    let entries = entries(py, rule, device, slots, gradients)?;
-    let places = memory.send(py, &stream, capture, &entries, true)?;
+    memory.update(device, slots, gradients).map_err(raise)?;
+    let places = memory.send(py, &stream, capture, true)?;
     // SAFETY: the table is sent and was checked; torch keeps memory for as long as its stream needs it.
     unsafe { cuda::add_squares(&stream, &memory.table, &places, total, is_first, root) }.map_err(raise)
 }

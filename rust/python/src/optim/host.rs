@@ -1,9 +1,9 @@
 //! Steps on the CPU.
 
 use half::{bf16, f16};
+use halfbyte::Dtype;
 use halfbyte::layout::block_count;
 use halfbyte::optim::{self, BLOCK, Extra, Floats, FloatsMut, Parameter, Rule, State};
-use halfbyte::{Dtype, Error};
 use pyo3::intern;
 use pyo3::prelude::*;
 
@@ -42,17 +42,12 @@ pub(super) fn step(
     let found_inf = number(options.found_inf.as_ref())?.is_some_and(|found| found != 0.0);
     let mut work = Vec::new();
     for (index, (slot, gradient)) in slots.iter_mut().zip(gradients).enumerate() {
-        let Some(grad) = &gradient.tensor else { continue };
-        slot.refresh(py, rule, Place::Cpu)?;
+        let Some((places, dtype, g)) = checked(slot, gradient) else { continue };
         slot.read_steps(py)?;
-        grad.expect_place(Place::Cpu).map_err(raise)?;
-        crate::expect_len(grad, slot.places.n).map_err(raise)?;
         let scalars = hyper.scalars(rule, slot.steps + 1);
-        let places = slot.places;
         // SAFETY: addresses, types and sizes are those of tensors that the plan holds and has just checked; gradients are held
         // by the caller; others are kept from writing as for every operation of torch.
-        let parameter = unsafe { parameter(rule, &places, grad, scalars, index as u32) }?;
-        work.push(parameter);
+        work.push(unsafe { parameter(rule, &places, dtype, g, scalars, index as u32) });
     }
     if found_inf {
         return Ok(0);
@@ -90,20 +85,42 @@ unsafe fn floats<'a>(address: usize, n: usize, dtype: Dtype) -> FloatsMut<'a> {
     }
 }
 
+/// Where everything of a slot lies, the type of its parameter and its gradient, if it has one.
+fn checked<'a>(slot: &Slot, gradient: &'a Gradient<'_>) -> Option<(Places, Dtype, Floats<'a>)> {
+    let (address, n) = (gradient.address, slot.places.n);
+    // SAFETY: on the CPU, contiguous, of this type and length, as was checked when the gradient was taken, which keeps the memory
+    // alive; others are kept from writing as in every operation.
+    let floats = unsafe {
+        match slot.grad_dtype.filter(|_| gradient.is_some())? {
+            Dtype::F32 => Floats::F32(shared(address, n)),
+            Dtype::F16 => Floats::F16(shared(address, n)),
+            Dtype::Bf16 => Floats::Bf16(shared(address, n)),
+        }
+    };
+    Some((slot.places, slot.places.dtype?, floats))
+}
+
 /// # Safety
-/// `places` must be current, and `grad` be checked to be as long as the parameter.
+/// There must be `n` elements of type `T` at `address` that live and that nobody writes to while the slice lives.
+unsafe fn shared<'a, T>(address: usize, n: usize) -> &'a [T] {
+    if n == 0 {
+        return &[];
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(address as *const T, n) }
+}
+
+/// # Safety
+/// `places` and `dtype` must be current, and `g` be as long as the parameter.
 unsafe fn parameter<'a>(
     rule: Rule,
     places: &Places,
-    grad: &'a TensorRef,
+    dtype: Dtype,
+    g: Floats<'a>,
     scalars: optim::Scalars,
     index: u32,
-) -> PyResult<Parameter<'a>> {
+) -> Parameter<'a> {
     let n = places.n;
-    let dtype = places.dtype.ok_or_else(|| {
-        raise(Error::Value { argument: "params", expected: "a checked parameter".into(), got: "none".into() })
-    })?;
-    let g = floats_of(grad)?;
     let states = places.states.into_iter().zip(places.absmax).take(rule.signed().len());
     let state = |(state, absmax)| {
         // SAFETY: as above.
@@ -123,7 +140,7 @@ unsafe fn parameter<'a>(
             (master, _) => Extra::Master(slice(master, n)),
         }
     };
-    Ok(Parameter {
+    Parameter {
         // SAFETY: as above.
         p: unsafe { floats(places.p, n, dtype) },
         g,
@@ -133,27 +150,14 @@ unsafe fn parameter<'a>(
         index,
         // SAFETY: as above.
         update_squares: (places.unorm != 0).then(|| unsafe { &mut slice::<f32>(places.unorm, 1)[0] }),
-    })
+    }
 }
 
 /// The sum of squares of gradients.
-pub(super) fn squares(gradients: &[Gradient<'_>]) -> PyResult<f64> {
+pub(super) fn squares(slots: &[Slot], gradients: &[Gradient<'_>]) -> f64 {
     let mut total = 0.0;
-    for grad in gradients.iter().filter_map(|gradient| gradient.tensor.as_ref()) {
-        let values = floats_of(grad)?;
+    for (_, _, values) in slots.iter().zip(gradients).filter_map(|(slot, gradient)| checked(slot, gradient)) {
         total += (0..values.len()).map(|i| f64::from(values.get(i)).powi(2)).sum::<f64>();
     }
-    Ok(total)
-}
-
-fn floats_of(grad: &TensorRef) -> PyResult<Floats<'_>> {
-    grad.expect_place(Place::Cpu).map_err(raise)?;
-    // SAFETY: on the CPU, contiguous (as every gradient), of this type; others are kept from writing as in every operation.
-    Ok(unsafe {
-        match grad.float().map_err(raise)? {
-            Dtype::F32 => Floats::F32(grad.slice()),
-            Dtype::F16 => Floats::F16(grad.slice()),
-            Dtype::Bf16 => Floats::Bf16(grad.slice()),
-        }
-    })
+    total
 }

@@ -6,13 +6,13 @@ mod host;
 mod options;
 #[cfg(feature = "cuda")]
 mod paged;
+mod reader;
 mod slot;
 
 use std::sync::Mutex;
 
 use halfbyte::Error;
 use halfbyte::optim::Rule;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
@@ -21,6 +21,8 @@ use crate::errors::raise;
 use options::Options;
 #[cfg(feature = "cuda")]
 pub(crate) use paged::PagedBuffer;
+use reader::Reader;
+pub(crate) use reader::{all_filled, same_items, same_values};
 use slot::{Gradient, Slot};
 
 /// Parameters that are updated together, and their states.
@@ -112,7 +114,7 @@ impl OptimPlan {
         options.common.seed = stochastic.then_some(seed);
         options.scaled_by(grad_scale, found_inf, total_norm, max_norm)?;
         let mut inner = self.lock();
-        let gradients = inner.gradients(py, grads)?;
+        let gradients = inner.gradients(py, self, grads)?;
         match self.place {
             Place::Cpu => host::step(py, self.rule, &mut inner.slots, &gradients, &options),
             #[cfg(feature = "cuda")]
@@ -133,19 +135,25 @@ impl OptimPlan {
 }
 
 impl Inner {
-    /// The gradient of each slot.
-    fn gradients<'py>(&self, py: Python<'py>, given: Option<&Bound<'py, PyList>>) -> PyResult<Vec<Gradient<'py>>> {
+    /// The gradient of each slot, which is brought up to date for it.
+    fn gradients<'py>(
+        &mut self,
+        py: Python<'py>,
+        plan: &OptimPlan,
+        given: Option<&Bound<'py, PyList>>,
+    ) -> PyResult<Vec<Gradient<'py>>> {
         if let Some(given) = given.filter(|given| given.len() != self.slots.len()) {
             let expected = format!("{} of them", self.slots.len());
             return Err(raise(Error::Value { argument: "grads", expected, got: given.len().to_string() }));
         }
+        let reader = Reader::of(self.slots[0].param.bind(py))?;
         let mut gradients = Vec::with_capacity(self.slots.len());
-        for (i, slot) in self.slots.iter().enumerate() {
+        for (i, slot) in self.slots.iter_mut().enumerate() {
             let grad = match given {
                 Some(given) => given.get_item(i)?,
-                None => slot.param.bind(py).getattr(intern!(py, "grad"))?,
+                None => reader.grad(slot.param.bind(py))?,
             };
-            gradients.push(Gradient::new(grad)?);
+            gradients.push(slot.take(plan.rule, plan.place, grad)?);
         }
         Ok(gradients)
     }
@@ -181,8 +189,9 @@ pub(crate) fn optim_grad_norm(
         Place::Cpu => {
             let mut total = 0.0;
             for (i, plan) in plans.iter().enumerate() {
-                let inner = plan.lock();
-                total += host::squares(&inner.gradients(py, given(i))?)?;
+                let mut inner = plan.lock();
+                let gradients = inner.gradients(py, plan, given(i))?;
+                total += host::squares(&inner.slots, &gradients);
             }
             // SAFETY: on the CPU, fp32, one element, all checked.
             let out = unsafe { out.slice_mut::<f32>() };
@@ -194,10 +203,10 @@ pub(crate) fn optim_grad_norm(
             let (_keeper, total) = device::allocate(py, device, 1)?;
             for (i, plan) in plans.iter().enumerate() {
                 let mut inner = plan.lock();
-                let gradients = inner.gradients(py, given(i))?;
+                let gradients = inner.gradients(py, plan, given(i))?;
                 let root = if i + 1 == plans.len() { out.address() as u64 } else { 0 };
                 let Inner { slots, memory } = &mut *inner;
-                device::add_squares(py, device, plan.rule, slots, memory, &gradients, (total, i == 0, root))?;
+                device::add_squares(py, device, slots, memory, &gradients, (total, i == 0, root))?;
             }
             Ok(())
         }

@@ -9,7 +9,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyInt};
 
-use crate::dlpack::{ElementKind, Place, TensorRef};
+use crate::dlpack::{ElementKind, Form, Place, TensorRef};
 use crate::errors::raise;
 
 /// Borrows a tensor whose memory is what it says.
@@ -23,26 +23,17 @@ pub(super) fn tensor(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<
     })
 }
 
-/// A gradient, or none.
+/// A gradient, checked: its type is in the slot, and it is as long as the parameter. Or none.
+#[derive(Default)]
 pub(super) struct Gradient<'py> {
-    /// Keeps a contiguous copy alive until the step has been asked for.
-    _object: Bound<'py, PyAny>,
-    pub(super) tensor: Option<TensorRef>,
+    /// Keeps the memory alive until the step has been asked for, of a contiguous copy too.
+    object: Option<Bound<'py, PyAny>>,
+    pub(super) address: usize,
 }
 
-impl<'py> Gradient<'py> {
-    pub(super) fn new(object: Bound<'py, PyAny>) -> PyResult<Self> {
-        if object.is_none() {
-            return Ok(Self { _object: object, tensor: None });
-        }
-        let view = tensor("grad", &object)?;
-        if view.expect_contiguous().is_ok() {
-            return Ok(Self { _object: object, tensor: Some(view) });
-        }
-        let copy = object.call_method0(intern!(object.py(), "contiguous"))?;
-        let view = tensor("grad", &copy)?;
-        view.expect_contiguous().map_err(raise)?;
-        Ok(Self { _object: copy, tensor: Some(view) })
+impl Gradient<'_> {
+    pub(super) fn is_some(&self) -> bool {
+        self.object.is_some()
     }
 }
 
@@ -86,17 +77,26 @@ pub(super) struct Slot {
     pub(super) param: Py<PyAny>,
     pub(super) state: Py<PyDict>,
     pub(super) places: Places,
-    /// The dict's keys and values as they were when `places` were read; references to values, so that no other object can
-    /// have their addresses.
-    seen: Vec<(usize, Py<PyAny>)>,
-    /// The key `step` of the dict, which is another string in one that comes from a file.
-    step_key: usize,
+    /// Whether `places` were read since somebody last took this back.
+    pub(super) is_fresh: bool,
+    /// The dict's keys and values as they were when `places` were read; references, so that no other object can have their
+    /// addresses. The value of `step` is not looked at.
+    seen: Vec<(Py<PyAny>, Py<PyAny>)>,
+    /// Where in `seen` the key `step` is.
+    step_key: Option<usize>,
     /// Steps done, where the host counts.
     pub(super) steps: u64,
-    /// The number in the dict that `steps` was read from, or that was put there: while it is there, nothing is to be read.
+    /// What `steps` or `step_at` was read from, or what was put there: while it is in the dict, nothing is to be read.
     counted: Option<Py<PyAny>>,
+    /// Whether it was there when `seen` was compared.
+    is_counted: bool,
     /// The address of the count, where the device does.
     pub(super) step_at: usize,
+    /// What the parameter was like when `places` were read.
+    param_form: Form,
+    /// What the last gradient was like, if it was contiguous, and its type.
+    form: Form,
+    pub(super) grad_dtype: Option<Dtype>,
 }
 
 const STATES: [&str; 2] = ["state1", "state2"];
@@ -107,50 +107,99 @@ impl Slot {
             param,
             state,
             places: Places::default(),
+            is_fresh: true,
             seen: Vec::new(),
-            step_key: 0,
+            step_key: None,
             steps: 0,
             counted: None,
+            is_counted: false,
             step_at: 0,
+            param_form: Form::NONE,
+            form: Form::NONE,
+            grad_dtype: None,
         }
     }
 
-    /// Brings `places` up to date; whether they changed. `step` of the state is left to the caller.
-    pub(super) fn refresh(&mut self, py: Python<'_>, rule: Rule, place: Place) -> PyResult<bool> {
-        let param = tensor("params", self.param.bind(py))?;
-        if param.address() == self.places.p && param.len() == self.places.n && self.is_unchanged() {
-            return Ok(false);
+    /// Checks a gradient, which may be None, and brings all but the count of steps up to date for it.
+    pub(super) fn take<'py>(&mut self, rule: Rule, place: Place, object: Bound<'py, PyAny>) -> PyResult<Gradient<'py>> {
+        if object.is_none() {
+            return Ok(Gradient::default());
         }
-        let places = self.read(py, rule, place, &param)?;
-        let state = self.state.bind(py);
+        let py = object.py();
+        // Where all is as it was, only the gradient's address is news.
+        if let Some(address) = self.form.address_of(&object)
+            && self.is_current(py)
+        {
+            return Ok(Gradient { object: Some(object), address });
+        }
+        let view = tensor("grad", &object)?;
+        let (object, view, form) = if view.expect_contiguous().is_ok() {
+            let form = view.form();
+            (object, view, form)
+        } else {
+            let copy = object.call_method0(intern!(py, "contiguous"))?;
+            let view = tensor("grad", &copy)?;
+            view.expect_contiguous().map_err(raise)?;
+            (copy, view, Form::NONE)
+        };
+        self.form = Form::NONE;
+        if !self.is_current(py) {
+            self.refresh(py, rule, place)?;
+        }
+        view.expect_place(place).map_err(raise)?;
+        crate::expect_len(&view, self.places.n).map_err(raise)?;
+        self.grad_dtype = Some(view.float().map_err(raise)?);
+        self.form = form;
+        Ok(Gradient { address: view.address(), object: Some(object) })
+    }
+
+    /// Whether the parameter is like it was and where it was, and the dict is as it was.
+    #[inline]
+    fn is_current(&mut self, py: Python<'_>) -> bool {
+        self.param_form.address_of(self.param.bind(py)) == Some(self.places.p) && self.is_unchanged()
+    }
+
+    /// Reads the parameter and the dict. `step` is left to the caller.
+    fn refresh(&mut self, py: Python<'_>, rule: Rule, place: Place) -> PyResult<()> {
         self.seen.clear();
-        for (key, value) in state.iter() {
+        self.is_fresh = true;
+        self.is_counted = false;
+        let param = tensor("params", self.param.bind(py))?;
+        self.places = self.read(py, rule, place, &param)?;
+        self.param_form = param.form();
+        self.step_key = None;
+        for (key, value) in self.state.bind(py).iter() {
             if key.eq(intern!(py, "step"))? {
-                self.step_key = key.as_ptr() as usize;
-            } else {
-                self.seen.push((key.as_ptr() as usize, value.unbind()));
+                self.step_key = Some(self.seen.len());
             }
+            self.seen.push((key.unbind(), value.unbind()));
         }
-        let changed = places != self.places;
-        self.places = places;
-        Ok(changed)
+        Ok(())
     }
 
     /// Whether the dict has the very objects that were read, `step` apart.
-    fn is_unchanged(&self) -> bool {
-        let (mut position, mut key, mut value) = (0, std::ptr::null_mut(), std::ptr::null_mut());
-        let mut expected = self.seen.iter();
+    fn is_unchanged(&mut self) -> bool {
+        let dict = self.state.as_ptr();
         // SAFETY: the GIL is held and nothing runs between the calls that could change the dict; keys and values are borrowed.
-        while unsafe { ffi::PyDict_Next(self.state.as_ptr(), &raw mut position, &raw mut key, &raw mut value) } != 0 {
-            if key as usize == self.step_key {
-                continue;
+        unsafe {
+            if self.seen.is_empty() || ffi::PyDict_Size(dict) != self.seen.len() as isize {
+                return false;
             }
-            match expected.next() {
-                Some((seen, object)) if *seen == key as usize && object.as_ptr() == value => {}
-                _ => return false,
+            let (mut position, mut key, mut value) = (0, std::ptr::null_mut(), std::ptr::null_mut());
+            for (at, (seen_key, seen)) in self.seen.iter().enumerate() {
+                if ffi::PyDict_Next(dict, &raw mut position, &raw mut key, &raw mut value) == 0
+                    || key != seen_key.as_ptr()
+                {
+                    return false;
+                }
+                if self.step_key == Some(at) {
+                    self.is_counted = self.counted.as_ref().is_some_and(|counted| counted.as_ptr() == value);
+                } else if value != seen.as_ptr() {
+                    return false;
+                }
             }
         }
-        !self.seen.is_empty() && expected.next().is_none()
+        true
     }
 
     fn read(&self, py: Python<'_>, rule: Rule, place: Place, param: &TensorRef) -> PyResult<Places> {
@@ -240,15 +289,25 @@ impl Slot {
         Ok(places)
     }
 
+    /// Whether the count of steps is the object that it was read from when [`Slot::take`] looked.
+    pub(super) fn is_counted(&self) -> bool {
+        self.is_counted
+    }
+
+    /// Takes note of the object that the count of steps was read from.
+    pub(super) fn count_from(&mut self, object: Option<Py<PyAny>>) {
+        self.counted = object;
+    }
+
     /// Reads how many steps there were from the dict, an int or a tensor.
     pub(super) fn read_steps(&mut self, py: Python<'_>) -> PyResult<()> {
+        if self.is_counted {
+            return Ok(());
+        }
         let wrong = |got: String| raise(Error::Value { argument: "step", expected: "a count of steps".into(), got });
         let Some(step) = self.state.bind(py).get_item(intern!(py, "step"))? else {
             return Err(wrong("nothing".into()));
         };
-        if self.counted.as_ref().is_some_and(|counted| counted.is(&step)) {
-            return Ok(());
-        }
         let count = if step.is_instance_of::<PyInt>() {
             step.extract::<i64>()?
         } else {
@@ -260,8 +319,13 @@ impl Slot {
     }
 
     /// Puts a number of steps in the dict.
-    pub(super) fn count_step(&mut self, py: Python<'_>, steps: u64, number: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.state.bind(py).set_item(intern!(py, "step"), number)?;
+    fn count_step(&mut self, py: Python<'_>, steps: u64, number: &Bound<'_, PyAny>) -> PyResult<()> {
+        let state = self.state.bind(py);
+        match self.step_key.and_then(|at| self.seen.get(at)) {
+            // The very key, which is found without a look at its text.
+            Some((key, _)) => state.set_item(key, number)?,
+            None => state.set_item(intern!(py, "step"), number)?,
+        }
         self.steps = steps;
         self.counted = Some(number.clone().unbind());
         Ok(())
@@ -272,10 +336,7 @@ impl Slot {
 pub(super) fn count_steps(py: Python<'_>, slots: &mut [Slot], gradients: &[Gradient<'_>]) -> PyResult<()> {
     // Most have done as many, and share the number.
     let mut last: Option<(u64, Bound<'_, PyAny>)> = None;
-    for (slot, gradient) in slots.iter_mut().zip(gradients) {
-        if gradient.tensor.is_none() {
-            continue;
-        }
+    for (slot, _) in slots.iter_mut().zip(gradients).filter(|(_, gradient)| gradient.is_some()) {
         let steps = slot.steps + 1;
         let (_, number) = match last.take() {
             Some(found) if found.0 == steps => last.insert(found),
