@@ -66,13 +66,14 @@ FAMILIES += [
 ]
 FAMILIES += [
     Family(
-        f"four_bit_stream_{'nested_' * nested}{name}",
+        f"four_bit_stream_{'nested_' * nested}{name}_m{tokens}",
         "four_bit_stream.cu",
         ("90",),
-        {"ELEMENT": element, "NESTED": str(int(nested))},
+        {"ELEMENT": element, "NESTED": str(int(nested)), "TOKENS": str(tokens)},
     )
     for name, element in ELEMENTS.items()
     for nested in (False, True)
+    for tokens in (8, 16)
 ]
 FAMILIES += [
     Family(

@@ -29,11 +29,9 @@ class Kernel:
         return f"four_bit_{self.which.lower()}.cu"
 
     def build(self, changes=()):
-        defines = {"ELEMENT": self.element}
+        defines = {"ELEMENT": self.element, "TOKENS": str(self.tokens)}
         if self.nested is not None:
             defines["NESTED"] = str(int(self.nested))
-        if self.which != "STREAM":
-            defines["TOKENS"] = str(self.tokens)
         return emulation.build(self.source, self.which, defines, changes)
 
 
@@ -44,6 +42,8 @@ KERNELS = {
     "stream f16": Kernel("STREAM", "F16", 8, nested=False),
     "stream nested bf16": Kernel("STREAM", "Bf16", 8, nested=True),
     "stream nested f16": Kernel("STREAM", "F16", 8, nested=True),
+    "stream bf16 16": Kernel("STREAM", "Bf16", 16, nested=False),
+    "stream nested f16 16": Kernel("STREAM", "F16", 16, nested=True),
     "wgmma bf16 16": Kernel("WGMMA", "Bf16", 16),
     "wgmma f16 32": Kernel("WGMMA", "F16", 32),
     "wgmma bf16 64": Kernel("WGMMA", "Bf16", 64),
@@ -56,7 +56,7 @@ KERNELS = {
 KB = 1024
 
 
-def stream(draw, k, nested):
+def stream(draw, kernel, k):
     """As ``Plan`` of matmul_stream.rs, on a GPU with few multiprocessors."""
     rows = [draw.choice([1, 16, 17, 40, 64, 100, 160, 300]) for _ in range(draw.choice([1, 1, 2, 3]))]
     cluster, multiprocessors = draw.choice([1, 1, 2]), draw.choice([2, 3, 4, 6])
@@ -71,10 +71,12 @@ def stream(draw, k, nested):
     if cluster == 2 and tiles > 8:
         cluster = 1
     slices = ceil(ceil(k / 128) / cluster)
-    steps = ceil(slices / 16)
+    most = 16 if kernel.tokens == 8 else 12
+    steps = ceil(slices / most)
     warps = max(ceil(slices / steps / 2) * 2, 2)
-    shared = 144 * KB + 2 * 32 * (16 * 2 * 32 + 32 + 36 * 4) - (8 * KB if nested else 4 * KB)
-    threads = (warps + (3 if nested else 2)) * 32
+    stages = 2 * 32 * (most * 2 * 32 + 32 + (most * 2 + 4) * 4)
+    shared = (128 + most) * KB + stages + (kernel.tokens // 8 - 1) * most * 2 * KB - {(8, 0): 4, (8, 1): 8, (16, 0): 8, (16, 1): 13}[kernel.tokens, kernel.nested] * KB
+    threads = (warps + (3 if kernel.nested else 2)) * 32
     return {"n": rows, "tiles": tiles, "cluster": cluster, "shared": shared, "threads": threads}
 
 
@@ -110,10 +112,10 @@ def settings(kernel, seed, blocks):
     """A product that the kernel takes, with one of ``blocks`` times 64 for K, and the launch for it."""
     draw = random.Random(seed)
     k = 64 * draw.choice(blocks)
-    m = draw.randint(1, 8 if kernel.which == "STREAM" else kernel.tokens * 5 // 4)  # two tiles now and then
+    m = draw.randint(1, kernel.tokens if kernel.which == "STREAM" else kernel.tokens * 5 // 4)  # two tiles now and then
     nested = draw.random() < 0.5 if kernel.nested is None else kernel.nested
     if kernel.which == "STREAM":
-        launch = stream(draw, k, nested)
+        launch = stream(draw, kernel, k)
     else:
         launch = {"MMA": mma, "WGMMA": wgmma, "LARGE": large}[kernel.which](draw, kernel, m, k)
     return {

@@ -5,11 +5,14 @@
 #include "mma.cuh"
 #include "shared.cuh"
 
-constexpr u32 MOST_WARPS = 16;  // that compute
+constexpr u32 COLUMNS = TOKENS / 8;                // tiles of 8 tokens
+constexpr u32 MOST_WARPS = COLUMNS == 1 ? 16 : 12; // that compute; sums of 16 tokens want registers for fewer
 constexpr u32 STAGES = 3;
 constexpr u32 SLICE = 2;        // blocks of 64 that a warp has of a stage
 constexpr u32 ROWS = 32;        // of a stage: two tiles
 constexpr u32 GROUP = 8;        // tiles whose sums are in registers at a time
+constexpr u32 ROUND = 2 / COLUMNS;                   // tiles whose sums are added at a time while the ring is in use
+constexpr u32 SUM_FLOATS = COLUMNS * TILE_FLOATS;    // of a tile
 
 // The pair table (mma.cuh) at 64 K from where the block's shared memory begins (which in a cluster is not at 0), in rows of 256 bytes:
 // then one byte permutation makes a look-up's address. Between the rows are 128 bytes for something else, and dynamic shared memory
@@ -30,8 +33,12 @@ constexpr u32 ROW_BYTES = MOST_WARPS * SLICE * 32 + 32, SCALE_FLOATS = MOST_WARP
 constexpr u32 STAGE_BYTES = ROWS * (ROW_BYTES + SCALE_FLOATS * 4);
 // Where things are in shared memory, from where it begins.
 constexpr u32 FIRST_AT = SpacedPairs::AT - STAGE_BYTES;
-constexpr u32 SUMS_AT = SpacedPairs::AT + SpacedPairs::BYTES, SUMS_BYTES = MOST_WARPS * 2 * TILE_FLOATS * 4;
-constexpr u32 RING_AT = SUMS_AT + SUMS_BYTES, END_AT = RING_AT + (STAGES - 1) * STAGE_BYTES;
+constexpr u32 SUMS_AT = SpacedPairs::AT + SpacedPairs::BYTES, SUMS_BYTES = MOST_WARPS * ROUND * SUM_FLOATS * 4;
+constexpr u32 RING_AT = SUMS_AT + SUMS_BYTES, RING_END = RING_AT + (STAGES - 1) * STAGE_BYTES;
+// Activations of a step, a place a warp: [token][block][64]. Those of the first 8 tokens lie in the table's gaps.
+constexpr u32 X_ROW = SLICE * SpacedPairs::ROW, MORE_X_ROW = SLICE * 128;
+constexpr u32 MORE_X_AT = RING_END, END_AT = MORE_X_AT + (COLUMNS - 1) * (MOST_WARPS * 8 * MORE_X_ROW);
+static_assert(MOST_WARPS * 8 * X_ROW <= SpacedPairs::BYTES);
 
 // Nested scales on their way: codes of a stage's rows, then two nested scales a row.
 constexpr u32 CODE_WORDS = MOST_WARPS * SLICE / 4, CODE_ROW = CODE_WORDS * 4 + 4;
@@ -131,18 +138,18 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
 // half of a row's. `map` is filled by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
     constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
-    static_assert(MINE * 2 == WARP, "two lanes a row");
+    static_assert(MINE * 2 == WARP && CODE_WORDS <= 8 && CODE_WORDS % 2 == 0, "two lanes a row");
     const u8* codes = static_cast<const u8*>(weight.absmax);
     const u32 first_row = part * MINE, row = first_row + lane % MINE, half = lane / MINE;
     u32 fetched = 0, landed = 0;
     auto fetch = [&](const Walk& walk) {
         const u32 to = share.codes + fetched++ % CODE_STAGES * CODE_STAGE_BYTES, rows = share.rows(walk.row0());
 #pragma unroll
-        for (u32 i = 0; i < MINE * CODE_WORDS / WARP; ++i) {
-            const u32 r = first_row + i * (WARP / CODE_WORDS) + lane / CODE_WORDS, word = lane % CODE_WORDS;
+        for (u32 i = 0; i < MINE; i += WARP / 8) {
+            const u32 r = first_row + i + lane / 8, word = lane % 8;
             const bool valid = r < rows && word < walk.width() / 4;
             const u64 at = u64(walk.row0() + r) * share.blocks + walk.block() + word * 4;
-            copy4(to + r * CODE_ROW + word * 4, codes + (valid ? at : 0), valid ? 4 : 0);
+            if (word < CODE_WORDS) copy4(to + r * CODE_ROW + word * 4, codes + (valid ? at : 0), valid ? 4 : 0);
         }
         // A row's codes of a stage can belong to two nested scales.
         const u64 at = u64(walk.row0() + row) * share.blocks + walk.block() + (half ? walk.width() - 1 : 0);

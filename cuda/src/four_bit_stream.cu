@@ -26,16 +26,16 @@
 // Shared memory, by address: static; the first stage of the ring; from 64 K on the pair table, in whose gaps activations lie (a gap has a
 // token's 64 of a block); sums of a round; the other two stages.
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a block and group + 2·M·N.
-#include "stream.cuh"
-
-#if !defined(ELEMENT) || !defined(NESTED)
-#error "compile with -DELEMENT=Bf16 or F16 and -DNESTED=0 or 1, whether all scales are nested"
+#if !defined(ELEMENT) || !defined(NESTED) || !defined(TOKENS)
+#error "compile with -DELEMENT=Bf16 or F16, -DNESTED=0 or 1, whether all scales are nested, and -DTOKENS=8 or 16"
 #endif
 
+#include "stream.cuh"
+
+
 constexpr u32 SERVING = NESTED ? 3 : 2;          // warps
-constexpr u32 ROUND = 2;                         // tiles whose sums are added at a time while the ring is in use
-constexpr u32 X_ROW = SLICE * SpacedPairs::ROW;  // from a warp's activations of a token to those of the next
-static_assert(MOST_WARPS * 8 * X_ROW == SpacedPairs::BYTES && SUMS_BYTES == MOST_WARPS * ROUND * TILE_FLOATS * 4);
+constexpr u32 ABREAST = 2 / COLUMNS;             // tiles that a warp multiplies at a time
+constexpr u32 LAST_ROUND = GROUP / COLUMNS;       // tiles whose sums are added at a time when it is not
 constexpr u32 MOST_PIECES = 8;
 
 struct Piece {
@@ -51,15 +51,14 @@ struct Pieces {
 
 template <u32 V> struct Constant { static constexpr u32 value = V; };
 
-// Adds the products of a warp's slice of one or two tiles to their sums. Loads of weights and scales come first, and two tiles
+// Adds the products of a warp's slice of TILES tiles to their sums. Loads of weights and scales come first, and tiles and columns
 // alternate, so that there is always something to do while one waits.
-template <int COUNT>
-DEVICE void multiply(float (&sums0)[4], float (&sums1)[4], u32 at, u32 scales, const uint4 (&b)[SLICE][1][2],
-                     const SpacedPairs& pairs) {
-    uint2 w[SLICE][COUNT][2];
-    float2 s[COUNT][2];
+template <int TILES>
+DEVICE void multiply(float (*sums)[COLUMNS][4], u32 at, u32 scales, const uint4 (&b)[SLICE][COLUMNS][2], const SpacedPairs& pairs) {
+    uint2 w[SLICE][TILES][2];
+    float2 s[TILES][2];
 #pragma unroll
-    for (u32 i = 0; i < COUNT; ++i) {
+    for (u32 i = 0; i < TILES; ++i) {
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {  // rows g and g + 8
 #pragma unroll
@@ -69,21 +68,24 @@ DEVICE void multiply(float (&sums0)[4], float (&sums1)[4], u32 at, u32 scales, c
     }
 #pragma unroll
     for (u32 k = 0; k < SLICE; ++k) {
-        float d[COUNT][1][4];
-        block_product<ELEMENT, COUNT, 1>(d, w[k], b[k], pairs);
+        float d[TILES][COLUMNS][4];
+        block_product<ELEMENT, TILES, COLUMNS>(d, w[k], b[k], pairs);
 #pragma unroll
-        for (u32 i = 0; i < COUNT; ++i) {
+        for (u32 i = 0; i < TILES; ++i) {
             const float low = k ? s[i][0].y : s[i][0].x, high = k ? s[i][1].y : s[i][1].x;
-            auto& sums = i ? sums1 : sums0;
-            sums[0] = fmaf(d[i][0][0], low, sums[0]), sums[1] = fmaf(d[i][0][1], low, sums[1]);
-            sums[2] = fmaf(d[i][0][2], high, sums[2]), sums[3] = fmaf(d[i][0][3], high, sums[3]);
+#pragma unroll
+            for (u32 c = 0; c < COLUMNS; ++c) {
+                float(&sum)[4] = sums[i][c];
+                sum[0] = fmaf(d[i][c][0], low, sum[0]), sum[1] = fmaf(d[i][c][1], low, sum[1]);
+                sum[2] = fmaf(d[i][c][2], high, sum[2]), sum[3] = fmaf(d[i][c][3], high, sum[3]);
+            }
         }
     }
 }
 
 KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     matmul_4bit_stream(const ELEMENT* x,     // [M, K], 16-byte aligned
-                       u32 M, u32 K,         // M ≤ 8, K % 64 = 0
+                       u32 M, u32 K,         // M ≤ TOKENS, K % 64 = 0
                        u32 log2_block,       // 6 … 12
                        u32 nested_shift,
                        u64 values0, u64 values1, u64 values2, u64 values3,  // the code's 16 values, 16 bits each
@@ -93,7 +95,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                        const __grid_constant__ Pieces all) {
     __shared__ float map[256];
     __shared__ __align__(16) u8 codes[NESTED ? CODE_STAGES * CODE_STAGE_BYTES : 16];
-    __shared__ float partial[GROUP * TILE_FLOATS];
+    __shared__ float partial[GROUP * SUM_FLOATS];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
     extern __shared__ __align__(128) u8 dynamic[];
     let_dependents_start();
@@ -123,9 +125,9 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     share.begin = shared_begin(dynamic);
     const u32 threads = share.warps * WARP;  // that compute
 
-    auto put = [&](u32 i, float value) {  // i: [tile][lane][4]
-        const u32 e = i % TILE_FLOATS;
-        const u32 n = (share.first_tile + i / TILE_FLOATS) * 16 + e / 16 + e % 4 / 2 * 8, m = e / 4 % 4 * 2 + e % 2;
+    auto put = [&](u32 i, float value) {  // i: [tile][column][lane][4]
+        const u32 e = i % TILE_FLOATS, c = i / TILE_FLOATS % COLUMNS;
+        const u32 n = (share.first_tile + i / SUM_FLOATS) * 16 + e / 16 + e % 4 / 2 * 8, m = c * 8 + e / 4 % 4 * 2 + e % 2;
         if (n >= share.N || m >= M) return;
         value *= ungain;
         piece.out[u64(m) * share.N + n] = from_float<ELEMENT>(piece.bias == nullptr ? value : value + to_float(piece.bias[n]));
@@ -160,17 +162,21 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         const SpacedPairs pairs(share.begin, lane);
         const u32 weights_at = g * ROW_BYTES + warp * (SLICE * 32) + t * 8;
         const u32 scales_at = (g * SCALE_FLOATS + warp * SLICE) * 4;
-        // Activations of a step have a place a warp: [token][block][64]. Chunks of 16 bytes are swapped in pairs for odd tokens, so that
-        // what lanes of two tokens read at a time is in different banks. Rows beyond M are row 0 again: their sums are not used. Beyond K
-        // they are 0.
+        // Activations: chunks of 16 bytes are swapped in pairs for odd tokens, so that what lanes of two tokens read at a time is in different
+        // banks. Rows beyond M are a column's first row again (or what lies there): their sums are not used. Beyond K they are 0.
         const u32 x_ring = share.begin + SpacedPairs::AT + SpacedPairs::GAP_AT + warp * 8 * X_ROW;
+        const u32 more_x_ring = share.begin + MORE_X_AT + warp * 8 * MORE_X_ROW;
         const u32 token = g < M ? g : 0, x_at = x_ring + token * X_ROW + t * 32, swap = token % 2 * 16;
+        const u32 more_token = 8 + g < M ? g : 0, more_x_at = more_x_ring + more_token * MORE_X_ROW + t * 32, more_swap = more_token % 2 * 16;
         auto copy_activations = [&](u32 step) {
             const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;
             const bool valid = block + k < share.last;
-            for (u32 m = half; m < M; m += 2)  // all odd or all even
-                copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + (chunk ^ half) * 16,
-                       x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
+            auto copy = [&](u32 to, u32 m) {
+                copy16(to + (chunk ^ half) * 16, x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
+            };
+            for (u32 m = half; m < min(M, 8); m += 2) copy(x_ring + m * X_ROW + k * SpacedPairs::ROW, m);  // all odd or all even
+            if (COLUMNS == 2)
+                for (u32 m = half; 8 + m < M; m += 2) copy(more_x_ring + m * MORE_X_ROW + k * 128, 8 + m);
             commit();
         };
         pairs.fill(Values{{values0, values1, values2, values3}}, threads);
@@ -180,17 +186,22 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         Turn turn;
         for (u32 group = 0; group < share.tiles; group += GROUP) {
             const u32 tiles = min(GROUP, share.tiles - group);
-            float sums[GROUP][4];
+            float sums[GROUP][COLUMNS][4];
 #pragma unroll
-            for (int a = 0; a < GROUP; ++a) sums[a][0] = sums[a][1] = sums[a][2] = sums[a][3] = 0.f;
+            for (int a = 0; a < GROUP; ++a)
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c) sums[a][c][0] = sums[a][c][1] = sums[a][c][2] = sums[a][c][3] = 0.f;
             for (u32 step = 0; step < share.steps; ++step) {
                 const u32 block = share.first + (step * share.warps + warp) * SLICE;
-                uint4 b[SLICE][1][2];
+                uint4 b[SLICE][COLUMNS][2];
                 wait_for_copies<0>();
                 __syncwarp();
 #pragma unroll
-                for (u32 k = 0; k < SLICE; ++k)
+                for (u32 k = 0; k < SLICE; ++k) {
                     b[k][0][0] = load_uint4(x_at + k * SpacedPairs::ROW + swap), b[k][0][1] = load_uint4(x_at + k * SpacedPairs::ROW + (16 ^ swap));
+                    if (COLUMNS == 2)
+                        b[k][1 % COLUMNS][0] = load_uint4(more_x_at + k * 128 + more_swap), b[k][1 % COLUMNS][1] = load_uint4(more_x_at + k * 128 + (16 ^ more_swap));
+                }
                 __syncwarp();
                 if (step + 1 < share.steps) copy_activations(step + 1);
                 else if (group + GROUP < share.tiles) copy_activations(0);
@@ -204,9 +215,13 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
 #pragma unroll
                 for (int a = 0; a < GROUP; a += 2)
                     if (a + 1 < tiles)
-                        stage([&](u32 at, u32 scales) { multiply<2>(sums[a], sums[a + 1], at, scales, b, pairs); });
+                        stage([&](u32 at, u32 scales) {
+#pragma unroll
+                            for (u32 i = 0; i < 2; i += ABREAST)
+                                multiply<ABREAST>(sums + a + i, at + i * 16 * ROW_BYTES, scales + i * 16 * SCALE_FLOATS * 4, b, pairs);
+                        });
                 // An odd last tile has its sums at GROUP - 1.
-                if (tiles % 2) stage([&](u32 at, u32 scales) { multiply<1>(sums[GROUP - 1], sums[GROUP - 1], at, scales, b, pairs); });
+                if (tiles % 2) stage([&](u32 at, u32 scales) { multiply<1>(sums + GROUP - 1, at, scales, b, pairs); });
             }
 
             // Sums of the warps, in order: COUNT tiles from tile `from` of the group on, by way of shared memory at `at`.
@@ -217,22 +232,25 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 for (u32 a = 0; a < GROUP; ++a) {
                     const u32 tile = a == GROUP - 1 && tiles % 2 ? tiles - 1 : a < (tiles & ~1u) ? a : GROUP;
                     if (tile - from < COUNT && tile < tiles)
-                        *reinterpret_cast<float4*>(at + (warp * COUNT + tile - from) * TILE_FLOATS + lane * 4) =
-                            make_float4(sums[a][0], sums[a][1], sums[a][2], sums[a][3]);
+#pragma unroll
+                        for (u32 c = 0; c < COLUMNS; ++c)
+                            *reinterpret_cast<float4*>(at + (warp * COUNT + tile - from) * SUM_FLOATS + c * TILE_FLOATS + lane * 4) =
+                                make_float4(sums[a][c][0], sums[a][c][1], sums[a][c][2], sums[a][c][3]);
                 }
                 named_barrier(1, threads);
-                for (u32 i = threadIdx.x; i < min(COUNT, tiles - from) * TILE_FLOATS; i += threads) {
+                for (u32 i = threadIdx.x; i < min(COUNT, tiles - from) * SUM_FLOATS; i += threads) {
                     float sum = 0.f;
 #pragma unroll 4
-                    for (u32 w = 0; w < share.warps; ++w) sum += at[w * (COUNT * TILE_FLOATS) + i];
-                    if (ranks == 1) put((group + from) * TILE_FLOATS + i, sum);
-                    else partial[from * TILE_FLOATS + i] = sum;
+                    for (u32 w = 0; w < share.warps; ++w) sum += at[w * (COUNT * SUM_FLOATS) + i];
+                    if (ranks == 1) put((group + from) * SUM_FLOATS + i, sum);
+                    else partial[from * SUM_FLOATS + i] = sum;
                 }
             };
             // The last group has the ring to itself.
-            static_assert(END_AT - SUMS_AT >= MOST_WARPS * GROUP * TILE_FLOATS * 4);
+            static_assert(RING_END - SUMS_AT >= MOST_WARPS * LAST_ROUND * SUM_FLOATS * 4);
             float* const place = reinterpret_cast<float*>(dynamic + (share.begin + SUMS_AT - shared_address(dynamic)));
-            if (group + GROUP >= share.tiles) add_up(Constant<GROUP>(), 0, place);
+            if (group + GROUP >= share.tiles)
+                for (u32 from = 0; from < tiles; from += LAST_ROUND) add_up(Constant<LAST_ROUND>(), from, place);
             else
                 for (u32 from = 0; from < tiles; from += ROUND) add_up(Constant<ROUND>(), from, place);
         }
@@ -241,7 +259,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         // One group only. Everybody meets, so that all sums are there and nobody leaves while others read its own.
         __syncthreads();
         cluster_arrive(), cluster_wait();
-        for (u32 i = rank * blockDim.x + threadIdx.x; i < share.tiles * TILE_FLOATS; i += ranks * blockDim.x) {
+        for (u32 i = rank * blockDim.x + threadIdx.x; i < share.tiles * SUM_FLOATS; i += ranks * blockDim.x) {
             float sum = 0.f;
             for (u32 from = 0; from < ranks; ++from) sum += load_cluster_float(map_to_block(shared_address(partial + i), from));
             put(i, sum);

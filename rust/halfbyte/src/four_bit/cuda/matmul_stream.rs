@@ -1,4 +1,4 @@
-//! Up to eight rows on compute capability 9.0 and later: the kernel of cuda/src/four_bit_stream.cu.
+//! Up to 16 rows on compute capability 9.0 and later: the kernel of cuda/src/four_bit_stream.cu.
 
 use crate::codebook::Kind;
 use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, dtype_index};
@@ -9,12 +9,18 @@ use super::group::{GroupPiece, MATMUL_GROUP_MOST as MOST_PIECES};
 use super::matmul_small::mma_values;
 
 /// Most rows of activations.
-pub(super) const MOST_ROWS: usize = 8;
+pub(super) const MOST_ROWS: usize = 16;
 
-/// By dtype, plain and nested.
-pub(super) static STREAM: [[Kernel; 2]; 2] = [
-    [stream("four_bit_stream_bf16"), stream("four_bit_stream_nested_bf16")],
-    [stream("four_bit_stream_f16"), stream("four_bit_stream_nested_f16")],
+/// By dtype, for up to 8 and up to 16 rows, plain and nested.
+pub(super) static STREAM: [[[Kernel; 2]; 2]; 2] = [
+    [
+        [stream("four_bit_stream_bf16_m8"), stream("four_bit_stream_nested_bf16_m8")],
+        [stream("four_bit_stream_bf16_m16"), stream("four_bit_stream_nested_bf16_m16")],
+    ],
+    [
+        [stream("four_bit_stream_f16_m8"), stream("four_bit_stream_nested_f16_m8")],
+        [stream("four_bit_stream_f16_m16"), stream("four_bit_stream_nested_f16_m16")],
+    ],
 ];
 
 const fn stream(family: &'static str) -> Kernel {
@@ -63,7 +69,7 @@ pub(super) unsafe fn launch(
         .u32(plan.tiles)
         .u32(pieces.len() as u32)
         .block(&table);
-    let kernel = &STREAM[dtype_index(dtype)][usize::from(nested)];
+    let kernel = &STREAM[dtype_index(dtype)][usize::from(m > 8)][usize::from(nested)];
     // SAFETY: the arguments are those of `matmul_4bit_stream`; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
 }
@@ -72,23 +78,35 @@ pub(super) unsafe fn launch(
 const PIECE_WORDS: usize = 8;
 /// Dynamic and static shared memory of a block, 227 KB.
 const SHARED: u32 = 227 * 1024;
-/// At most what the kernels have of static shared memory, where scales are plain and where they are nested; dynamic shared memory
-/// begins behind it.
-const STATIC: [u32; 2] = [4 * 1024, 8 * 1024];
+/// At most what the kernels have of static shared memory, by columns of 8 tokens, where scales are plain and where they are nested; dynamic
+/// shared memory begins behind it.
+const STATIC: [[u32; 2]; 2] = [[4 * 1024, 8 * 1024], [8 * 1024, 13 * 1024]];
 /// At least that.
-const STATIC_MOST: [u32; 2] = [6 * 1024, 11 * 1024];
+const STATIC_MOST: [[u32; 2]; 2] = [[6 * 1024, 11 * 1024], [10 * 1024, 14 * 1024]];
 /// Tiles of 16 rows whose sums a block has in registers at a time.
 const GROUP: u32 = 8;
-const MOST_WARPS: u32 = 16;
-/// Warps that serve, where scales are plain and where they are nested.
+/// Warps that compute, at most.
+const MOST_WARPS: [u32; 2] = [16, 12];
+/// Other warps, that serve: where scales are plain and where they are nested.
 const SERVING: [u32; 2] = [2, 3];
 /// A warp's blocks of 64 in a stage.
 const SLICE: u32 = 2;
-/// A stage: 32 rows of weights and of scales, padded.
-const STAGE: u32 = 32 * (MOST_WARPS * SLICE * 32 + 32 + (MOST_WARPS * SLICE + 4) * 4);
-/// From the begin of shared memory to its end: static and a stage, the pair table up to 128 K, sums, two stages.
-const END_AT: u32 = (128 + 16) * 1024 + 2 * STAGE;
-const _: () = assert!(END_AT - STATIC[0] + STATIC_MOST[0] <= SHARED && END_AT - STATIC[1] + STATIC_MOST[1] <= SHARED);
+/// From the begin of shared memory to its end: static and a stage, the pair table up to 128 K, sums (a tile's of 8 tokens are 512 bytes a
+/// warp, and there are two), two stages, activations of the second 8 tokens. A stage is 32 rows of weights and of scales, padded.
+const fn end(columns: usize) -> u32 {
+    let warps = MOST_WARPS[columns - 1];
+    let stage = 32 * (warps * SLICE * 32 + 32 + (warps * SLICE + 4) * 4);
+    128 * 1024 + warps * 1024 + 2 * stage + (columns as u32 - 1) * warps * 8 * SLICE * 128
+}
+/// By columns of 8 tokens.
+const END_AT: [u32; 2] = [end(1), end(2)];
+const _: () = {
+    let mut i = 0;
+    while i < 4 {
+        assert!(END_AT[i / 2] - STATIC[i / 2][i % 2] + STATIC_MOST[i / 2][i % 2] <= SHARED);
+        i += 1;
+    }
+};
 
 /// How a launch cuts up its products; the layout of its shared memory is that of the kernel.
 #[derive(Debug, PartialEq)]
@@ -119,15 +137,16 @@ impl Plan {
                 (split, tiles) = (2, shared);
             }
         }
+        let columns = usize::from(m > 8);
         let slices = (k / 64).div_ceil(SLICE as usize).div_ceil(split as usize) as u32;
-        let steps = slices.div_ceil(MOST_WARPS).max(1);
+        let steps = slices.div_ceil(MOST_WARPS[columns]).max(1);
         // An even number of warps, for copies of 16 bytes of scales.
         let warps = slices.div_ceil(steps).next_multiple_of(2).max(2);
         Self {
             launch: Launch {
                 grid: (count(tiles) * split, 1),
                 threads: (warps + SERVING[usize::from(nested)]) * 32,
-                shared: END_AT - STATIC[usize::from(nested)],
+                shared: END_AT[columns] - STATIC[columns][usize::from(nested)],
                 cluster: split,
                 programmatic: true,
             },
@@ -156,7 +175,7 @@ mod tests {
                     let plan = Plan::new(m, rows, k, nested, 132);
                     let Launch { grid, threads, cluster, .. } = plan.launch;
                     let computing = threads / 32 - SERVING[usize::from(nested)];
-                    assert!(computing <= MOST_WARPS);
+                    assert!(computing <= MOST_WARPS[usize::from(m > 8)]);
                     assert!(computing.is_multiple_of(2));
                     assert!(cluster == 1 || plan.tiles <= GROUP);
                     let blocks = rows.iter().map(|&n| plan.clusters(n)).sum::<u32>() * cluster;

@@ -50,7 +50,7 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
         }
     }
     if dtype != Dtype::F32 && device(ordinal)?.capability >= 90 {
-        for kernel in &STREAM[dtype_index(dtype)] {
+        for kernel in STREAM[dtype_index(dtype)].iter().flatten() {
             kernel.load(ordinal)?;
         }
     }
@@ -74,7 +74,7 @@ pub fn kernels() -> Vec<&'static Kernel> {
         .chain(search)
         .chain(&MATMUL_SIMT)
         .chain(mma)
-        .chain(STREAM.iter().flatten())
+        .chain(STREAM.iter().flatten().flatten())
         .chain(WGMMA.iter().flatten().flatten().flatten())
         .chain(matmul_large::kernels())
         .chain(experts::kernels())
