@@ -68,12 +68,12 @@ FAMILIES += [
     Family(
         f"four_bit_stream_{'nested_' * nested}{name}_m{tokens}",
         "four_bit_stream.cu",
-        ("90",),
+        (arch,),
         {"ELEMENT": element, "NESTED": str(int(nested)), "TOKENS": str(tokens)},
     )
     for name, element in ELEMENTS.items()
     for nested in (False, True)
-    for tokens in (8, 16)
+    for tokens, arch in ((8, "90"), (16, "90a"))
 ]
 FAMILIES += [
     Family(

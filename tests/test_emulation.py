@@ -71,13 +71,16 @@ def stream(draw, kernel, k):
     if cluster == 2 and tiles > 8:
         cluster = 1
     slices = ceil(ceil(k / 128) / cluster)
-    most = 16 if kernel.tokens == 8 else 12
+    few = kernel.tokens == 8
+    most = 16 if few else 12
     steps = ceil(slices / most)
-    warps = max(ceil(slices / steps / 2) * 2, 2)
-    stages = 2 * 32 * (most * 2 * 32 + 32 + (most * 2 + 4) * 4)
-    shared = (128 + most) * KB + stages + (kernel.tokens // 8 - 1) * most * 2 * KB - {(8, 0): 4, (8, 1): 8, (16, 0): 8, (16, 1): 13}[kernel.tokens, kernel.nested] * KB
-    threads = (warps + (3 if kernel.nested else 2)) * 32
-    return {"n": rows, "tiles": tiles, "cluster": cluster, "shared": shared, "threads": threads}
+    even = 2 if few else 4
+    warps = ceil(slices / steps / even) * even
+    stage = 32 * (most * 2 * 32 + 32 + (most * 2 + 4) * 4)
+    static = {(8, 0): 4, (8, 1): 8, (16, 0): 1, (16, 1): 5}[kernel.tokens, kernel.nested]
+    shared = (128 + most - static) * KB + (2 if few else 3) * stage
+    threads = (warps + ((3 if kernel.nested else 2) if few else 4)) * 32
+    return {"n": rows, "tiles": tiles, "cluster": cluster, "shared": shared, "threads": threads, "registers": 128}
 
 
 def mma(draw, kernel, m, k):

@@ -4,10 +4,14 @@
 #include "bulk.cuh"
 #include "mma.cuh"
 #include "shared.cuh"
+#include "warpgroup.cuh"
 
 constexpr u32 COLUMNS = TOKENS / 8;                // tiles of 8 tokens
 constexpr u32 MOST_WARPS = COLUMNS == 1 ? 16 : 12; // that compute; sums of 16 tokens want registers for fewer
-constexpr u32 STAGES = 3;
+// Others serve. Where sums of 16 tokens want more registers, computing warps take some of theirs, by warpgroups.
+constexpr u32 SERVING = COLUMNS == 2 ? 4 : NESTED ? 3 : 2;
+constexpr u32 GIVEN = 56, TAKEN = 152;
+constexpr u32 STAGES = COLUMNS == 1 ? 3 : 4;
 constexpr u32 SLICE = 2;        // blocks of 64 that a warp has of a stage
 constexpr u32 ROWS = 32;        // of a stage: two tiles
 constexpr u32 GROUP = 8;        // tiles whose sums are in registers at a time
@@ -34,10 +38,10 @@ constexpr u32 STAGE_BYTES = ROWS * (ROW_BYTES + SCALE_FLOATS * 4);
 // Where things are in shared memory, from where it begins.
 constexpr u32 FIRST_AT = SpacedPairs::AT - STAGE_BYTES;
 constexpr u32 SUMS_AT = SpacedPairs::AT + SpacedPairs::BYTES, SUMS_BYTES = MOST_WARPS * ROUND * SUM_FLOATS * 4;
-constexpr u32 RING_AT = SUMS_AT + SUMS_BYTES, RING_END = RING_AT + (STAGES - 1) * STAGE_BYTES;
-// Activations of a step, a place a warp: [token][block][64]. Those of the first 8 tokens lie in the table's gaps.
+constexpr u32 RING_AT = SUMS_AT + SUMS_BYTES, END_AT = RING_AT + (STAGES - 1) * STAGE_BYTES;
+// Activations of a step, a place a warp: [token][block][64]. Those of the first 8 tokens lie in the table's gaps, others before the ring.
 constexpr u32 X_ROW = SLICE * SpacedPairs::ROW, MORE_X_ROW = SLICE * 128;
-constexpr u32 MORE_X_AT = RING_END, END_AT = MORE_X_AT + (COLUMNS - 1) * (MOST_WARPS * 8 * MORE_X_ROW);
+constexpr u32 MORE_X_AT = FIRST_AT - (COLUMNS - 1) * (MOST_WARPS * 8 * MORE_X_ROW);
 static_assert(MOST_WARPS * 8 * X_ROW <= SpacedPairs::BYTES);
 
 // Nested scales on their way: codes of a stage's rows, then two nested scales a row.
@@ -102,21 +106,21 @@ template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const
 }
 constexpr u32 HALF = ROWS / 2, QUARTER = ROWS / 4;
 
-DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
+template <u32 BEGIN> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        copy_weights<0, HALF>(share, weight, turn.stage, at, lane);
+        copy_weights<BEGIN, BEGIN + HALF>(share, weight, turn.stage, at, lane);
         turn.next();
     }
 }
 
-// The second half of the rows, and plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
+// The second half of the rows (where no other warp has it), and plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
 DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
+        if (COLUMNS == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         // Four rows at a time, eight chunks of 16 bytes each.
         const u32 first_row = lane / 8, chunk = lane % 8, rows = share.rows(at.row0());
         const bool valid = chunk < at.width() / 4;
@@ -133,7 +137,7 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     }
 }
 
-// A quarter of the rows, and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
+// A quarter of the rows (likewise), and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
 // has scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
 // half of a row's. `map` is filled by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
@@ -179,7 +183,8 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) words[w] = load_word(from + row * CODE_ROW + (half * WORDS + w) * 4);
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (part == 0) copy_weights<HALF, HALF + QUARTER>(share, weight, turn.stage, now, lane);
+        if (COLUMNS == 2) {
+        } else if (part == 0) copy_weights<HALF, HALF + QUARTER>(share, weight, turn.stage, now, lane);
         else copy_weights<HALF + QUARTER, ROWS>(share, weight, turn.stage, now, lane);
         const u32 to = share.scales(turn.stage) + (row * SCALE_FLOATS + half * WORDS * 4) * 4;
 #pragma unroll
@@ -194,7 +199,7 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
     }
 }
 
-// The second half of the rows, and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the
+// The second half of the rows (likewise), and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the
 // ring does not matter.
 DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
     constexpr u32 BATCH = 8;
@@ -204,7 +209,7 @@ DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_bloc
     const float offset = plain ? 0.f : __ldg(weight.offset);
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
+        if (COLUMNS == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
         const u32 width = lane < share.rows(at.row0()) ? at.width() : 0;
         const u64 row = u64(at.row0() + lane) * share.blocks + at.block();

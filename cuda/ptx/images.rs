@@ -110,9 +110,9 @@ pub static IMAGES: &[Image] = &[
     Image {
         family: "four_bit_stream_bf16_m16",
         capability: 90,
-        specific: false,
+        specific: true,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_stream_bf16_m16.compute_90.ptx"), "\0"),
+        ptx: concat!(include_str!("four_bit_stream_bf16_m16.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "four_bit_stream_nested_bf16_m8",
@@ -124,9 +124,9 @@ pub static IMAGES: &[Image] = &[
     Image {
         family: "four_bit_stream_nested_bf16_m16",
         capability: 90,
-        specific: false,
+        specific: true,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_stream_nested_bf16_m16.compute_90.ptx"), "\0"),
+        ptx: concat!(include_str!("four_bit_stream_nested_bf16_m16.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "four_bit_stream_f16_m8",
@@ -138,9 +138,9 @@ pub static IMAGES: &[Image] = &[
     Image {
         family: "four_bit_stream_f16_m16",
         capability: 90,
-        specific: false,
+        specific: true,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_stream_f16_m16.compute_90.ptx"), "\0"),
+        ptx: concat!(include_str!("four_bit_stream_f16_m16.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "four_bit_stream_nested_f16_m8",
@@ -152,9 +152,9 @@ pub static IMAGES: &[Image] = &[
     Image {
         family: "four_bit_stream_nested_f16_m16",
         capability: 90,
-        specific: false,
+        specific: true,
         ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_stream_nested_f16_m16.compute_90.ptx"), "\0"),
+        ptx: concat!(include_str!("four_bit_stream_nested_f16_m16.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "four_bit_wgmma_bf16_m16",

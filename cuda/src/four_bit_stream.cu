@@ -33,9 +33,6 @@
 #include "stream.cuh"
 
 
-constexpr u32 SERVING = NESTED ? 3 : 2;          // warps
-constexpr u32 ABREAST = 2 / COLUMNS;             // tiles that a warp multiplies at a time
-constexpr u32 LAST_ROUND = GROUP / COLUMNS;       // tiles whose sums are added at a time when it is not
 constexpr u32 MOST_PIECES = 8;
 
 struct Piece {
@@ -95,7 +92,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                        const __grid_constant__ Pieces all) {
     __shared__ float map[256];
     __shared__ __align__(16) u8 codes[NESTED ? CODE_STAGES * CODE_STAGE_BYTES : 16];
-    __shared__ float partial[GROUP * SUM_FLOATS];
+    __shared__ float own_sums[COLUMNS == 1 ? GROUP * SUM_FLOATS : 1];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
     extern __shared__ __align__(128) u8 dynamic[];
     let_dependents_start();
@@ -124,6 +121,9 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     share.codes = shared_address(codes);
     share.begin = shared_begin(dynamic);
     const u32 threads = share.warps * WARP;  // that compute
+    auto place = [&](u32 at) { return reinterpret_cast<float*>(dynamic + (share.begin + at - shared_address(dynamic))); };
+    // A block's part of sums. Of 16 tokens they lie where activations were.
+    float* const partial = COLUMNS == 1 ? own_sums : place(MORE_X_AT);
 
     auto put = [&](u32 i, float value) {  // i: [tile][column][lane][4]
         const u32 e = i % TILE_FLOATS, c = i / TILE_FLOATS % COLUMNS;
@@ -135,12 +135,13 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
 
     if (warp >= share.warps) {
         // What serves is under way before the table is made.
+        if (COLUMNS == 2) fewer_registers<GIVEN>();
         const bool rows_of_four = share.blocks % 4 == 0 && share.first % 4 == 0 && log2_block == 6;
         const bool nested = NESTED && rows_of_four && nested_shift >= 5 && reinterpret_cast<u64>(weight.absmax) % 4 == 0;
         const bool whole = !NESTED && rows_of_four && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
         if (warp == share.warps) {
             // Of each warp that expects bytes, and of those who bring scales.
-            const u32 arrivals = nested ? 3 + 2 * WARP : whole ? 2 + WARP : 2 + 1;
+            const u32 arrivals = nested ? (COLUMNS == 1 ? 3 : 2) + 2 * WARP : whole ? 2 + WARP : 2 + 1;
             if (lane < STAGES) barrier_init(share.full + lane * 8, arrivals), barrier_init(share.empty + lane * 8, share.warps);
             barrier_init_fence();
         }
@@ -148,16 +149,19 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         named_barrier(2, SERVING * WARP);
         named_barrier_arrive(3, blockDim.x);
         const u32 part = warp - share.warps;
-        if (part == 0) serve_weights(share, weight, lane);
-        else if (nested) serve_nested_scales(share, weight, nested_shift, map, part - 1, lane);
-        else if (whole) serve_whole_scales(share, weight, lane);
-        else if (part == 1) {
+        if (part == 0) serve_weights<0>(share, weight, lane);
+        else if (part < COLUMNS) serve_weights<HALF>(share, weight, lane);
+        else if (nested) serve_nested_scales(share, weight, nested_shift, map, part - COLUMNS, lane);
+        else if (part > COLUMNS) {  // has nothing to do
+        } else if (whole) serve_whole_scales(share, weight, lane);
+        else {
             if (NESTED)
                 for (u32 i = lane; i < 256; i += WARP) map[i] = __ldg(weight.map + i);
             __syncwarp();
             serve_scales(share, weight, log2_block, nested_shift, map, lane);
         }
     } else {
+        if (COLUMNS == 2) more_registers<TAKEN>();
         const u32 g = lane / 4, t = lane % 4;
         const SpacedPairs pairs(share.begin, lane);
         const u32 weights_at = g * ROW_BYTES + warp * (SLICE * 32) + t * 8;
@@ -215,11 +219,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
 #pragma unroll
                 for (int a = 0; a < GROUP; a += 2)
                     if (a + 1 < tiles)
-                        stage([&](u32 at, u32 scales) {
-#pragma unroll
-                            for (u32 i = 0; i < 2; i += ABREAST)
-                                multiply<ABREAST>(sums + a + i, at + i * 16 * ROW_BYTES, scales + i * 16 * SCALE_FLOATS * 4, b, pairs);
-                        });
+                        stage([&](u32 at, u32 scales) { multiply<2>(sums + a, at, scales, b, pairs); });
                 // An odd last tile has its sums at GROUP - 1.
                 if (tiles % 2) stage([&](u32 at, u32 scales) { multiply<1>(sums + GROUP - 1, at, scales, b, pairs); });
             }
@@ -247,12 +247,10 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 }
             };
             // The last group has the ring to itself.
-            static_assert(RING_END - SUMS_AT >= MOST_WARPS * LAST_ROUND * SUM_FLOATS * 4);
-            float* const place = reinterpret_cast<float*>(dynamic + (share.begin + SUMS_AT - shared_address(dynamic)));
-            if (group + GROUP >= share.tiles)
-                for (u32 from = 0; from < tiles; from += LAST_ROUND) add_up(Constant<LAST_ROUND>(), from, place);
+            static_assert(END_AT - SUMS_AT >= MOST_WARPS * GROUP * SUM_FLOATS * 4);
+            if (group + GROUP >= share.tiles) add_up(Constant<GROUP>(), 0, place(SUMS_AT));
             else
-                for (u32 from = 0; from < tiles; from += ROUND) add_up(Constant<ROUND>(), from, place);
+                for (u32 from = 0; from < tiles; from += ROUND) add_up(Constant<ROUND>(), from, place(SUMS_AT));
         }
     }
     if (ranks > 1) {

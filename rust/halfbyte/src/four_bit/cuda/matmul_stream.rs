@@ -29,7 +29,9 @@ const fn stream(family: &'static str) -> Kernel {
 
 /// Whether the device runs this kernel: it needs nearly all of an H200's shared memory.
 pub(super) fn fits(gpu: &Device, dtype: Dtype, m: usize) -> bool {
-    gpu.capability >= 90 && gpu.shared_memory >= SHARED && dtype != Dtype::F32 && m <= MOST_ROWS
+    // Beyond eight rows warps pass on registers, which PTX has for this GPU alone.
+    let most = if gpu.capability == 90 { MOST_ROWS } else { 8 };
+    gpu.capability >= 90 && gpu.shared_memory >= SHARED && dtype != Dtype::F32 && m <= most
 }
 
 /// Launches the product of `x` [m, k] with each of `pieces`.
@@ -80,23 +82,23 @@ const PIECE_WORDS: usize = 8;
 const SHARED: u32 = 227 * 1024;
 /// At most what the kernels have of static shared memory, by columns of 8 tokens, where scales are plain and where they are nested; dynamic
 /// shared memory begins behind it.
-const STATIC: [[u32; 2]; 2] = [[4 * 1024, 8 * 1024], [8 * 1024, 13 * 1024]];
+const STATIC: [[u32; 2]; 2] = [[4 * 1024, 8 * 1024], [1024, 5 * 1024]];
 /// At least that.
-const STATIC_MOST: [[u32; 2]; 2] = [[6 * 1024, 11 * 1024], [10 * 1024, 14 * 1024]];
+const STATIC_MOST: [[u32; 2]; 2] = [[6 * 1024, 11 * 1024], [2 * 1024, 6 * 1024]];
 /// Tiles of 16 rows whose sums a block has in registers at a time.
 const GROUP: u32 = 8;
 /// Warps that compute, at most.
 const MOST_WARPS: [u32; 2] = [16, 12];
 /// Other warps, that serve: where scales are plain and where they are nested.
-const SERVING: [u32; 2] = [2, 3];
+const SERVING: [[u32; 2]; 2] = [[2, 3], [4, 4]];
 /// A warp's blocks of 64 in a stage.
 const SLICE: u32 = 2;
 /// From the begin of shared memory to its end: static and a stage, the pair table up to 128 K, sums (a tile's of 8 tokens are 512 bytes a
-/// warp, and there are two), two stages, activations of the second 8 tokens. A stage is 32 rows of weights and of scales, padded.
+/// warp), two stages or three. A stage is 32 rows of weights and of scales, padded.
 const fn end(columns: usize) -> u32 {
     let warps = MOST_WARPS[columns - 1];
     let stage = 32 * (warps * SLICE * 32 + 32 + (warps * SLICE + 4) * 4);
-    128 * 1024 + warps * 1024 + 2 * stage + (columns as u32 - 1) * warps * 8 * SLICE * 128
+    128 * 1024 + warps * 1024 + (1 + columns as u32) * stage
 }
 /// By columns of 8 tokens.
 const END_AT: [u32; 2] = [end(1), end(2)];
@@ -140,12 +142,12 @@ impl Plan {
         let columns = usize::from(m > 8);
         let slices = (k / 64).div_ceil(SLICE as usize).div_ceil(split as usize) as u32;
         let steps = slices.div_ceil(MOST_WARPS[columns]).max(1);
-        // An even number of warps, for copies of 16 bytes of scales.
-        let warps = slices.div_ceil(steps).next_multiple_of(2).max(2);
+        // An even number of warps, for copies of 16 bytes of scales; whole warpgroups where they pass on registers.
+        let warps = slices.div_ceil(steps).next_multiple_of([2, 4][columns]);
         Self {
             launch: Launch {
                 grid: (count(tiles) * split, 1),
-                threads: (warps + SERVING[usize::from(nested)]) * 32,
+                threads: (warps + SERVING[columns][usize::from(nested)]) * 32,
                 shared: END_AT[columns] - STATIC[columns][usize::from(nested)],
                 cluster: split,
                 programmatic: true,
@@ -174,9 +176,9 @@ mod tests {
                 for (k, nested) in ks.into_iter().flat_map(|k| [(k, false), (k, true)]) {
                     let plan = Plan::new(m, rows, k, nested, 132);
                     let Launch { grid, threads, cluster, .. } = plan.launch;
-                    let computing = threads / 32 - SERVING[usize::from(nested)];
+                    let computing = threads / 32 - SERVING[usize::from(m > 8)][usize::from(nested)];
                     assert!(computing <= MOST_WARPS[usize::from(m > 8)]);
-                    assert!(computing.is_multiple_of(2));
+                    assert!(computing >= 2 && computing.is_multiple_of(if m > 8 { 4 } else { 2 }));
                     assert!(cluster == 1 || plan.tiles <= GROUP);
                     let blocks = rows.iter().map(|&n| plan.clusters(n)).sum::<u32>() * cluster;
                     assert_eq!(blocks, grid.0);
