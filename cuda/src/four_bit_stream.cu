@@ -48,10 +48,11 @@ struct Pieces {
 
 template <u32 V> struct Constant { static constexpr u32 value = V; };
 
-// Adds the products of a warp's slice of TILES tiles to their sums. Loads of weights and scales come first, and tiles and columns
+// Adds the products of a warp's slice of one or two tiles to their sums. Loads of weights and scales come first, and tiles and columns
 // alternate, so that there is always something to do while one waits.
 template <int TILES>
-DEVICE void multiply(float (*sums)[COLUMNS][4], u32 at, u32 scales, const uint4 (&b)[SLICE][COLUMNS][2], const SpacedPairs& pairs) {
+DEVICE void multiply(float (&sums0)[COLUMNS][4], float (&sums1)[COLUMNS][4], u32 at, u32 scales, const uint4 (&b)[SLICE][COLUMNS][2],
+                     const SpacedPairs& pairs) {
     uint2 w[SLICE][TILES][2];
     float2 s[TILES][2];
 #pragma unroll
@@ -72,7 +73,7 @@ DEVICE void multiply(float (*sums)[COLUMNS][4], u32 at, u32 scales, const uint4 
             const float low = k ? s[i][0].y : s[i][0].x, high = k ? s[i][1].y : s[i][1].x;
 #pragma unroll
             for (u32 c = 0; c < COLUMNS; ++c) {
-                float(&sum)[4] = sums[i][c];
+                auto& sum = i ? sums1[c] : sums0[c];
                 sum[0] = fmaf(d[i][c][0], low, sum[0]), sum[1] = fmaf(d[i][c][1], low, sum[1]);
                 sum[2] = fmaf(d[i][c][2], high, sum[2]), sum[3] = fmaf(d[i][c][3], high, sum[3]);
             }
@@ -175,12 +176,16 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         auto copy_activations = [&](u32 step) {
             const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;
             const bool valid = block + k < share.last;
-            auto copy = [&](u32 to, u32 m) {
-                copy16(to + (chunk ^ half) * 16, x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
-            };
-            for (u32 m = half; m < min(M, 8); m += 2) copy(x_ring + m * X_ROW + k * SpacedPairs::ROW, m);  // all odd or all even
-            if (COLUMNS == 2)
-                for (u32 m = half; 8 + m < M; m += 2) copy(more_x_ring + m * MORE_X_ROW + k * 128, 8 + m);
+            const ELEMENT* from = x + (valid ? u64(half) * K + (block + k) * 64 + chunk * 8 : 0);
+            const u64 two_rows = valid ? 2 * u64(K) : 0;
+            const u32 swapped = (chunk ^ half) * 16;
+            u32 to = x_ring + half * X_ROW + k * SpacedPairs::ROW + swapped, more_to = more_x_ring + half * MORE_X_ROW + k * 128 + swapped;
+            keep(to), keep(more_to);  // or they are computed again for every copy
+#pragma unroll
+            for (u32 i = 0; i < 4 * COLUMNS; ++i) {  // tokens 2 i + half
+                if (2 * i + half < M) copy16(i < 4 ? to + i * (2 * X_ROW) : more_to + (i - 4) * (2 * MORE_X_ROW), from, valid);
+                from += two_rows;
+            }
             commit();
         };
         pairs.fill(Values{{values0, values1, values2, values3}}, threads);
@@ -207,8 +212,8 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                         b[k][1 % COLUMNS][0] = load_uint4(more_x_at + k * 128 + more_swap), b[k][1 % COLUMNS][1] = load_uint4(more_x_at + k * 128 + (16 ^ more_swap));
                 }
                 __syncwarp();
-                if (step + 1 < share.steps) copy_activations(step + 1);
-                else if (group + GROUP < share.tiles) copy_activations(0);
+                const bool last = step + 1 == share.steps;
+                if (!last || group + GROUP < share.tiles) copy_activations(last ? 0 : step + 1);
                 auto stage = [&](auto work) {
                     barrier_wait(share.full + turn.stage * 8, turn.parity);
                     if (block < share.last) work(share.stage(turn.stage) + weights_at, share.scales(turn.stage) + scales_at);
@@ -219,9 +224,9 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
 #pragma unroll
                 for (int a = 0; a < GROUP; a += 2)
                     if (a + 1 < tiles)
-                        stage([&](u32 at, u32 scales) { multiply<2>(sums + a, at, scales, b, pairs); });
+                        stage([&](u32 at, u32 scales) { multiply<2>(sums[a], sums[a + 1], at, scales, b, pairs); });
                 // An odd last tile has its sums at GROUP - 1.
-                if (tiles % 2) stage([&](u32 at, u32 scales) { multiply<1>(sums + GROUP - 1, at, scales, b, pairs); });
+                if (tiles % 2) stage([&](u32 at, u32 scales) { multiply<1>(sums[GROUP - 1], sums[GROUP - 1], at, scales, b, pairs); });
             }
 
             // Sums of the warps, in order: COUNT tiles from tile `from` of the group on, by way of shared memory at `at`.
