@@ -44,7 +44,7 @@ KERNELS = {
     "stream nested f16": Kernel("STREAM", "F16", 8, nested=True),
     "stream bf16 16": Kernel("STREAM", "Bf16", 16, nested=False),
     "stream nested f16 16": Kernel("STREAM", "F16", 16, nested=True),
-    "wgmma bf16 16": Kernel("WGMMA", "Bf16", 16),
+    "wgmma bf16 32": Kernel("WGMMA", "Bf16", 32),
     "wgmma f16 32": Kernel("WGMMA", "F16", 32),
     "wgmma bf16 64": Kernel("WGMMA", "Bf16", 64),
     "wgmma bf16 128": Kernel("WGMMA", "Bf16", 128),
@@ -96,7 +96,7 @@ def mma(draw, kernel, m, k):
 
 def wgmma(draw, kernel, m, k):
     n = draw.choice([1, 8, 100, 128, 130, 256, 300])
-    rows = draw.choice([128, 256]) if kernel.tokens in (16, 64) else 128
+    rows = draw.choice([128, 256]) if kernel.tokens == 64 else 128
     cluster = draw.choice([c for c in (1, 1, 2, 3, 4) if c <= ceil(k / 256)])
     blocks = {"blocks_x": ceil(n / rows) * cluster, "blocks_y": ceil(m / kernel.tokens)}
     sizes = {"threads": 640, "registers": 96} if kernel.tokens <= 32 else {"threads": 384, "registers": 168}
@@ -158,8 +158,8 @@ MISTAKES = {
     ),
     "a stage is filled before it is empty": (
         "stream bf16",
-        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<0, HALF>",
-        "        copy_weights<0, HALF>",
+        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<BEGIN, BEGIN + HALF>",
+        "        copy_weights<BEGIN, BEGIN + HALF>",
     ),
     "sums are added before all are there": (
         "stream bf16",
@@ -169,11 +169,19 @@ MISTAKES = {
     "a barrier counts too few": ("stream f16", "whole ? 2 + WARP", "whole ? 1 + WARP"),
     "a barrier of codes counts too few": (
         "stream nested f16",
-        "nested ? 3 + 2 * WARP",
-        "nested ? 2 + 2 * WARP",
+        "nested ? (COLUMNS == 1 ? 3 : 2) + 2 * WARP",
+        "nested ? (COLUMNS == 1 ? 2 : 2) + 2 * WARP",
+    ),
+    "too many registers are given back": ("stream bf16 16", "GIVEN = 56, TAKEN = 152", "GIVEN = 56, TAKEN = 160"),
+    "x of more tokens is overwritten while it is read": (
+        "stream nested f16 16",
+        "                    if (COLUMNS == 2)\n                        b[k][1 % COLUMNS][0] =",
+        "                    __syncwarp();\n                    if (COLUMNS == 2)\n                        b[k][1 % COLUMNS][0] =",
+        "                }\n                __syncwarp();\n                const bool last",
+        "                }\n                const bool last",
     ),
     "x is read before it has come": (
-        "wgmma bf16 16",
+        "wgmma bf16 32",
         "if (u % PER_X == 0) barrier_wait(x_full + x_turn.stage * 8, x_turn.parity);",
         "",
     ),
@@ -194,7 +202,7 @@ MISTAKES = {
     ),
     "x is given back while it is read": ("large bf16 128", "                mma_wait<1>();\n", ""),
     "a block leaves while its sums are read": (
-        "wgmma bf16 16",
+        "wgmma bf16 32",
         "    }\n    if (ranks > 1) cluster_arrive(), cluster_wait();\n}",
         "    }\n}",
     ),

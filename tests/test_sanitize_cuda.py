@@ -30,7 +30,7 @@ def test_every_family_of_images_is_of_a_part():
     families = {image["family"] for image in manifest["image"]}
     parts = {family: sanitize_cuda.part_of(family) for family in families}
     assert set(parts.values()) == set(sanitize_cuda.PARTS)
-    assert parts["four_bit_wgmma_bf16_m16"] == parts["eight_bit"] == "four_bit"
+    assert parts["four_bit_wgmma_bf16_m32"] == parts["eight_bit"] == "four_bit"
     assert parts["four_bit_experts"] == "experts"
     assert parts["int8_rows"] == "int8"
     assert parts["optim_group"] == "optim"

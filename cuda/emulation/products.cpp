@@ -170,7 +170,7 @@ int main(int count, char** arguments) {
     const u32 tile = settings.get("rows", 128);
     const TensorMap weights = {matrices[0].packed, k / 2, rows[0], 1, tile};
     machine::run(launch, weather, [&] {
-#if TOKENS == 16 || TOKENS == 64
+#if TOKENS == 64
         if (tile == 256) return matmul_4bit_wgmma_r256(weights, x_map, v[0], v[1], v[2], v[3], problem);
 #endif
         matmul_4bit_wgmma_r128(weights, x_map, v[0], v[1], v[2], v[3], problem);

@@ -157,13 +157,6 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("four_bit_stream_nested_f16_m16.compute_90a.ptx"), "\0"),
     },
     Image {
-        family: "four_bit_wgmma_bf16_m16",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_wgmma_bf16_m16.compute_90a.ptx"), "\0"),
-    },
-    Image {
         family: "four_bit_wgmma_bf16_m32",
         capability: 90,
         specific: true,
@@ -183,13 +176,6 @@ pub static IMAGES: &[Image] = &[
         specific: true,
         ptx_version: "8.0",
         ptx: concat!(include_str!("four_bit_wgmma_bf16_m128.compute_90a.ptx"), "\0"),
-    },
-    Image {
-        family: "four_bit_wgmma_f16_m16",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_wgmma_f16_m16.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "four_bit_wgmma_f16_m32",

@@ -174,17 +174,22 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         const u32 token = g < M ? g : 0, x_at = x_ring + token * X_ROW + t * 32, swap = token % 2 * 16;
         const u32 more_token = 8 + g < M ? g : 0, more_x_at = more_x_ring + more_token * MORE_X_ROW + t * 32, more_swap = more_token % 2 * 16;
         auto copy_activations = [&](u32 step) {
-            const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;
+            const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;  // of tokens half, half + 2, …
             const bool valid = block + k < share.last;
-            const ELEMENT* from = x + (valid ? u64(half) * K + (block + k) * 64 + chunk * 8 : 0);
-            const u64 two_rows = valid ? 2 * u64(K) : 0;
             const u32 swapped = (chunk ^ half) * 16;
-            u32 to = x_ring + half * X_ROW + k * SpacedPairs::ROW + swapped, more_to = more_x_ring + half * MORE_X_ROW + k * 128 + swapped;
-            keep(to), keep(more_to);  // or they are computed again for every copy
+            if (COLUMNS == 1) {
+                for (u32 m = half; m < M; m += 2)
+                    copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + swapped, x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
+            } else {
+                const ELEMENT* from = x + (valid ? u64(half) * K + (block + k) * 64 + chunk * 8 : 0);
+                const u64 two_rows = valid ? 2 * u64(K) : 0;
+                u32 to = x_ring + half * X_ROW + k * SpacedPairs::ROW + swapped, more_to = more_x_ring + half * MORE_X_ROW + k * 128 + swapped;
+                keep(to), keep(more_to);  // or they are computed again for every copy
 #pragma unroll
-            for (u32 i = 0; i < 4 * COLUMNS; ++i) {  // tokens 2 i + half
-                if (2 * i + half < M) copy16(i < 4 ? to + i * (2 * X_ROW) : more_to + (i - 4) * (2 * MORE_X_ROW), from, valid);
-                from += two_rows;
+                for (u32 i = 0; i < 8; ++i) {
+                    if (2 * i + half < M) copy16(i < 4 ? to + i * (2 * X_ROW) : more_to + (i - 4) * (2 * MORE_X_ROW), from, valid);
+                    from += two_rows;
+                }
             }
             commit();
         };

@@ -2,7 +2,7 @@
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
-// For sm_90a alone. A block of threads has ROWS (128 or 256) rows of weights, TOKENS (16 … 128) rows of x and all of K, or the part of
+// For sm_90a alone. A block of threads has ROWS (128 or 256) rows of weights, TOKENS (32 … 128) rows of x and all of K, or the part of
 // it that is its own in a cluster. Weights are the operand in registers, so that they go from packed bytes to the tensor cores without
 // being stored again; x is the one in shared memory:
 //
@@ -33,7 +33,7 @@
 #include "wgmma.cuh"
 
 #if !defined(ELEMENT) || !defined(TOKENS)
-#error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=16, 32, 64 or 128"
+#error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=32, 64 or 128"
 #endif
 
 constexpr u32 STAGE_K = 256;  // of weights
@@ -53,7 +53,7 @@ template <u32 ROW_GROUPS, u32 K_GROUPS, u32 TILES> struct Shape {
     static constexpr u32 STAGE_BYTES = ROWS * STAGE_K / 2;
     static constexpr u32 STAGES = (WEIGHTS_HIGH ? HIGH_BYTES : LOW_BYTES) / STAGE_BYTES;
     static constexpr u32 BOX_BYTES = TOKENS * 128;             // 64 of K
-    static constexpr u32 X_BOXES = TOKENS <= 16 ? 4 : TOKENS == 32 || (TOKENS == 64 && TILES == 1) ? 2 : 1;  // that come together
+    static constexpr u32 X_BOXES = TOKENS == 32 || (TOKENS == 64 && TILES == 1) ? 2 : 1;  // that come together
     static constexpr u32 X_BYTES = BOX_BYTES * X_BOXES;
     static constexpr u32 X_ALL = (WEIGHTS_HIGH ? LOW_BYTES : HIGH_BYTES) / X_BYTES;
     static constexpr u32 X_STAGES = X_ALL < MOST_STAGES ? X_ALL : MOST_STAGES;
@@ -310,10 +310,7 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                                   u64 values1, u64 values2, u64 values3, const __grid_constant__ Problem problem) {             \
         product<ROW_GROUPS, K_GROUPS, TILES>(weights, x, Values{{values0, values1, values2, values3}}, problem);                \
     }
-#if TOKENS == 16
-ENTRY(128, 2, 2, 1)
-ENTRY(256, 4, 1, 1)
-#elif TOKENS == 32
+#if TOKENS == 32
 ENTRY(128, 2, 2, 1)
 #elif TOKENS == 64
 ENTRY(128, 2, 1, 1)

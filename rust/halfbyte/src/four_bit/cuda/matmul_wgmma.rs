@@ -14,18 +14,16 @@ use super::matmul_small::mma_values;
 pub(super) const MOST_ROWS: usize = 128;
 
 /// Rows of x that a row of blocks takes, one kernel each.
-const TOKENS: [u32; 4] = [16, 32, 64, 128];
+const TOKENS: [u32; 3] = [32, 64, 128];
 
 /// By dtype and tokens; the second, with more rows a block, is not there where its registers would spill.
-pub(super) static WGMMA: [[[Option<Kernel>; 2]; 4]; 2] = [
+pub(super) static WGMMA: [[[Option<Kernel>; 2]; 3]; 2] = [
     [
-        entries("four_bit_wgmma_bf16_m16"),
         one("four_bit_wgmma_bf16_m32"),
         entries("four_bit_wgmma_bf16_m64"),
         one("four_bit_wgmma_bf16_m128"),
     ],
     [
-        entries("four_bit_wgmma_f16_m16"),
         one("four_bit_wgmma_f16_m32"),
         entries("four_bit_wgmma_f16_m64"),
         one("four_bit_wgmma_f16_m128"),
