@@ -123,7 +123,7 @@ FAMILIES += [
 
 RULES = {
     "adam": {"RULE": "Adam", "LIMITED": "1"},
-    "ademamix": {"RULE": "AdEMAMix"},
+    "ademamix": {"RULE": "AdEMAMix", "WITHOUT_EXTRAS": "1"},  # more text than an image should have
     "lion": {"RULE": "Lion"},
     "momentum": {"RULE": "Momentum", "LIMITED": "1"},
     "rmsprop": {"RULE": "RmsProp"},
@@ -133,6 +133,8 @@ FAMILIES += [Family("optim_group", "optim_group.cu", ("75", "80"))]
 FAMILIES += [
     Family(f"optim_{name}", "optim.cu", ("75", "90"), {"ENTRY": name, **defines}) for name, defines in RULES.items()
 ]
+EXTRAS = {"ENTRY": "ademamix", "RULE": "AdEMAMix", "ONLY_EXTRAS": "1"}
+FAMILIES += [Family("optim_ademamix_extras", "optim.cu", ("75", "90"), EXTRAS)]
 
 # GPUs that the image of a virtual architecture is assembled for: its own and those that would run it.
 SERVES = {

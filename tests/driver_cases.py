@@ -15,7 +15,8 @@ from halfbyte import optim
 BF16 = torch.bfloat16
 LARGE = 1 << 20
 WORDS = 12  # of an entry of the table, beside the gradients' addresses; the tenth says what kind it is
-TILED, GROUP_HAS_TILES = 1 << 8, 1 << 33
+TILED, PAGED, GROUP_HAS_TILES = 1 << 8, 1 << 9, 1 << 33
+DIRECT, TILES, PAGED_TILES = 0, TILED, TILED | PAGED  # the ways that a parameter may go
 
 driver = ctypes.CDLL(sys.argv[1])
 driver.driver_request.restype = driver.driver_questions.restype = ctypes.c_uint64
@@ -50,15 +51,15 @@ def table(count: int) -> list[int]:
     return list((ctypes.c_uint64 * (count * 14 + 1)).from_address(driver.driver_request(0)))
 
 
-def is_tiled(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[bool]:
-    """Step, and tell which parameters go by tiles."""
+def ways(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[int]:
+    """Step, and tell which way each parameter goes."""
     optimizer.step()
     count = len(params)
     words = table(count)
-    tiled = [bool(words[count + i * WORDS + 9] & TILED) for i in range(count)]
-    if any(tiled):
+    found = [words[count + i * WORDS + 9] & (TILED | PAGED) for i in range(count)]
+    if any(found):
         assert driver.driver_request(1) & GROUP_HAS_TILES
-    return tiled
+    return found
 
 
 def manage(tensor: torch.Tensor) -> None:
@@ -71,39 +72,68 @@ def tiles() -> None:
     """Tiles are for large 16-bit parameters that can be copied in bulk, all of it."""
     params = parameters(LARGE, 5000, LARGE - 256, LARGE + 100)
     optimizer = optim.AdamW8bit(params, min_8bit_size=1)
-    assert is_tiled(params, optimizer) == [True, False, False, True]
+    assert ways(params, optimizer) == [TILES, DIRECT, DIRECT, TILES]
     params[0].grad = torch.zeros(LARGE + 1, dtype=BF16)[1:]
-    assert is_tiled(params, optimizer) == [False, False, False, True]
+    assert ways(params, optimizer) == [DIRECT, DIRECT, DIRECT, TILES]
     params[0].grad = torch.zeros(LARGE, dtype=BF16)
-    assert is_tiled(params, optimizer) == [True, False, False, True]
+    assert ways(params, optimizer) == [TILES, DIRECT, DIRECT, TILES]
     params[3].grad = None
-    assert is_tiled(params, optimizer)[:3] == [True, False, False]
+    assert ways(params, optimizer)[:3] == [TILES, DIRECT, DIRECT]
     wide = parameters(LARGE, dtype=torch.float32)
-    assert is_tiled(wide, optim.AdamW8bit(wide)) == [False]
+    assert ways(wide, optim.AdamW8bit(wide)) == [DIRECT]
 
 
 def managed() -> None:
-    """Memory that the driver may move to the host is not copied in bulk."""
+    """Memory that the driver may move is not copied in bulk; states and scales there are copied by lanes."""
     params = parameters(LARGE, LARGE)
     optimizer = optim.AdamW8bit(params)
-    assert is_tiled(params, optimizer) == [True, True]
+    assert ways(params, optimizer) == [TILES, TILES]
     grad = params[0].grad
     manage(moved := torch.zeros_like(grad))
     params[0].grad = moved
-    assert is_tiled(params, optimizer) == [False, True]
+    assert ways(params, optimizer) == [DIRECT, TILES]
     params[0].grad = grad
-    assert is_tiled(params, optimizer) == [True, True]
+    assert ways(params, optimizer) == [TILES, TILES]
     for key in ("state1", "state2", "absmax1", "absmax2"):
         state = optimizer.state[params[1]]
         state[key] = state[key].clone()
         manage(state[key])
-        assert is_tiled(params, optimizer) == [True, False], key
+        assert ways(params, optimizer) == [TILES, PAGED_TILES], key
+    params[1].grad = torch.zeros(LARGE + 1, dtype=BF16)[1:]
+    assert ways(params, optimizer) == [TILES, DIRECT]
+    params[1].grad = grad
+    assert ways(params, optimizer) == [TILES, PAGED_TILES]
     state["state1"] = state["state1"].clone()  # everything is looked at again
     driver.driver_manage(0, 0)
-    assert is_tiled(params, optimizer) == [True, True]
+    assert ways(params, optimizer) == [TILES, TILES]
     manage(params[0])
     fresh = optim.AdamW8bit(params)
-    assert is_tiled(params, fresh) == [False, True]
+    assert ways(params, fresh) == [DIRECT, TILES]
+
+
+def paged() -> None:
+    """Paged states of large parameters are copied by lanes, without asking where they lie; others go as ever."""
+    params = parameters(LARGE, 200_000, LARGE)
+    optimizer = optim.AdamW8bit(params)
+    assert ways(params, optimizer) == [TILES, DIRECT, TILES]
+    for param in params:  # as `get_paged` marks its tensors
+        state = optimizer.state[param]
+        for key in ("state1", "state2"):
+            state[key] = state[key].clone()
+            state[key].is_paged = True
+    before = driver.driver_questions()
+    assert ways(params, optimizer) == [PAGED_TILES, DIRECT, PAGED_TILES]
+    assert driver.driver_questions() - before == 2 * 2, "parameter and gradient"
+    before = driver.driver_questions()
+    assert ways(params, optimizer) == [PAGED_TILES, DIRECT, PAGED_TILES]
+    assert driver.driver_questions() == before
+    manage(params[2].grad)
+    fresh = optim.AdamW8bit(params)
+    fresh.load_state_dict(optimizer.state_dict())
+    for param in params:
+        for key in ("state1", "state2"):
+            fresh.state[param][key].is_paged = True
+    assert ways(params, fresh) == [PAGED_TILES, DIRECT, DIRECT]
 
 
 def kept() -> None:
@@ -129,7 +159,7 @@ def kept() -> None:
 
 
 def asked() -> None:
-    """Once it is known where states lie, a step with gradients where they were asks of nothing; after a resumption too."""
+    """Once it is known where states lie, a step with gradients where they were asks nothing; after a resumption too."""
     params = parameters(300, LARGE, 5000, LARGE)
     optimizer = optim.AdamW8bit(params)
     file = io.BytesIO()
@@ -150,4 +180,4 @@ def asked() -> None:
 
 if __name__ == "__main__":
     pass_for_a_gpus()
-    {case.__name__: case for case in (tiles, managed, kept, asked)}[sys.argv[2]]()
+    {case.__name__: case for case in (tiles, managed, paged, kept, asked)}[sys.argv[2]]()

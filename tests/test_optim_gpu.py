@@ -10,6 +10,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte import optim
+from halfbyte.optim import _pages
 
 pytestmark = pytest.mark.gpu
 
@@ -99,6 +100,14 @@ def unaligned(tensor):
     return torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:].copy_(tensor)
 
 
+def make_uncommon(params):
+    for p in params:  # blocks with what is left alone, with nothing, and with much
+        p.grad[::77_777] = float("inf")
+        p.grad[1::99_991] = float("nan")
+        p.grad[256 * 40 : 256 * 43] = 0
+        p.grad[256 * 50 : 256 * 51] = 60000
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "name", [name for name in EVERY if name.endswith("8bit") and name not in ("LAMB8bit", "LARS8bit")]
@@ -111,11 +120,7 @@ def test_large_parameters_are_what_their_parts_are(name, dtype):
     one, other = (getattr(optim, name)(ps, min_8bit_size=1, **EVERY[name]) for ps in (params, twins))
     for step in range(4):
         give_gradients(params, step)
-        for p in params:  # blocks with what is left alone, with nothing, and with much
-            p.grad[::77_777] = float("inf")
-            p.grad[1::99_991] = float("nan")
-            p.grad[256 * 40 : 256 * 43] = 0
-            p.grad[256 * 50 : 256 * 51] = 60000
+        make_uncommon(params)
         params[-1].grad = unaligned(params[-1].grad)
         for q, piece in zip(twins, [piece for p in params for piece in p.grad.split(part)], strict=True):
             # What is not aligned is worked on an element at a time, and rounded at other places.
@@ -278,6 +283,99 @@ def test_paged_states_are_those_of_ordinary_memory(bits):
     assert_equal_states(one, other)
 
 
+def step_both(one, params, other, twins, step):
+    """Step two optimizers with the same gradients, and compare parameters."""
+    for group in (params, twins):
+        give_gradients(group, step)
+        make_uncommon([p for p in group if p.numel() >= 1 << 20])
+    one.step()
+    other.step()
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p.view(torch.int16), q.view(torch.int16))
+
+
+def to_host(optimizer):
+    """Move all paged states to the host."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if getattr(value, "is_paged", False):
+                _pages.prefetch_tensor(value, to_cpu=True)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix8bit", "Lion8bit"])
+def test_large_paged_parameters_are_those_of_ordinary_memory(name, dtype):
+    # Their states are copied by loads and stores instead of in bulk; every second step finds them on the host.
+    params, twins = parameters(LARGE, dtype), parameters(LARGE, dtype)
+    one, other = getattr(optim, f"Paged{name}")(params, **EVERY[name]), getattr(optim, name)(twins, **EVERY[name])
+    for step in range(5):
+        step_both(one, params, other, twins, step)
+        if step % 2:
+            to_host(one)
+    assert all(getattr(one.state[p]["state1"], "is_paged", False) == (p.numel() > 5000) for p in params)
+    assert_equal_states(one, other)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+def test_large_parameters_of_which_some_are_paged(name):
+    # One step has both kinds of tiles in the same places, in an order that changes.
+    sizes = [1 << 21, 1_500_000, (1 << 20) + 100, 5000, 3_000_000, 1 << 20, 1 << 20, (1 << 21) + 256 * 30]
+    params, twins = parameters(sizes), parameters(sizes)
+    one, other = getattr(optim, f"Paged{name}")(params, **EVERY[name]), getattr(optim, name)(twins, **EVERY[name])
+    for step in range(4):
+        step_both(one, params, other, twins, step)
+        for i, p in enumerate(params):
+            if (i + step) % 3 == 0:
+                for key in ("state1", "state2"):
+                    if key in one.state[p]:
+                        one.state[p][key] = one.state[p][key].clone()  # in ordinary memory from here on
+        to_host(one)
+    assert_equal_states(one, other)
+
+
+def test_a_captured_step_of_large_paged_parameters():
+    sizes = [1 << 21, 70_001, 1_500_000]
+    params, twins = parameters(sizes), parameters(sizes)
+    one, other = optim.PagedAdamW8bit(params, capturable=True), optim.AdamW8bit(twins, capturable=True)
+    give_gradients(params, 0)
+    give_gradients(twins, 0)
+    graph = captured(one, other)
+    for step in range(1, 6):
+        give_gradients(params, step, into=True)
+        give_gradients(twins, step)
+        to_host(one)
+        graph.replay()
+        other.step()
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("moved", ["grad", "parameter"])
+def test_a_large_parameter_or_gradient_in_managed_memory(moved):
+    # That is not copied in bulk at all, wherever the states are.
+    n = (1 << 21) + 256
+    (p,), (q,), (r,) = parameters([n]), parameters([n]), parameters([n])
+    managed = _pages.get_paged(n, dtype=BF16, device="cuda")
+    if moved == "parameter":
+        managed.copy_(p.detach())
+        p, r = (torch.nn.Parameter(where) for where in (managed, managed.clone()))
+    one, other, paged_one = optim.AdamW8bit([p]), optim.AdamW8bit([q]), optim.PagedAdamW8bit([r])
+    for step in range(4):
+        for params in ([p], [q], [r]):
+            give_gradients(params, step)
+            make_uncommon(params)
+        if moved == "grad":
+            managed.copy_(p.grad)
+            p.grad = managed
+        _pages.prefetch_tensor(managed, to_cpu=True)
+        one.step()
+        other.step()
+        paged_one.step()
+    assert torch.equal(p.view(torch.int16), q.view(torch.int16))
+    assert torch.equal(r.view(torch.int16), q.view(torch.int16))
+    assert_equal_states(one, other)
+
+
 @pytest.mark.parametrize("kind", ["state dict", "file", "deepcopy"])
 def test_paging_is_there_again_after_a_resumption_and_it_goes_on_bit_for_bit(kind):
     params = parameters([200_000, 5000])
@@ -310,8 +408,6 @@ def test_paging_is_there_again_after_a_resumption_and_it_goes_on_bit_for_bit(kin
 
 
 def test_paged_tensors_as_functions_have_them():
-    from halfbyte.optim import _pages
-
     paged = _pages.get_paged(3, 1000, dtype=torch.float32, device="cuda")
     assert paged.is_cuda and paged.shape == (3, 1000) and not paged.any()
     assert paged.data_ptr() == torch.frombuffer(paged.page_buffer, dtype=torch.uint8).data_ptr()  # no copy of it
@@ -351,13 +447,15 @@ def test_paged_memory_is_given_back():
 
 
 @pytest.mark.alone
-def test_a_step_survives_states_larger_than_the_memory_that_is_left():
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_step_survives_states_larger_than_the_memory_that_is_left(bits):
     """Little is left to the states: what does not fit beside the rest lies on the host."""
-    params = parameters([1 << 26])  # 512 MiB of 32-bit states
-    twins = parameters([1 << 26])
+    size = 1 << (28 if bits == 8 else 26)  # 512 MiB of states
+    params = parameters([size])
+    twins = parameters([size])
     give_gradients(params, 0)
     give_gradients(twins, 0)
-    ordinary = optim.AdamW(twins, lr=1e-3)
+    ordinary = optim.AdamW(twins, lr=1e-3, optim_bits=bits)
     ordinary.step()
     ordinary.step()
     del ordinary
@@ -365,7 +463,7 @@ def test_a_step_survives_states_larger_than_the_memory_that_is_left():
     free, _ = torch.cuda.mem_get_info()
     filler = torch.empty(max(free - (300 << 20), 0), dtype=torch.uint8, device="cuda")
     try:
-        optimizer = paged(params, 32)
+        optimizer = paged(params, bits)
         optimizer.step()
         optimizer.step()
         torch.cuda.synchronize()

@@ -31,6 +31,7 @@ struct Parameter {
     DEVICE bool master() const { return about & 64; }
     DEVICE bool compensated() const { return about & 128; }
     DEVICE bool tiled() const { return about & 256; }
+    DEVICE bool paged() const { return about & 512; }  // tiles have states in memory that may leave the device
     DEVICE u32 index() const { return u32(about >> 32); }
 };
 static_assert(sizeof(Parameter) == 96, "as rust/halfbyte/src/optim/cuda.rs has it");

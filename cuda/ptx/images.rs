@@ -604,4 +604,18 @@ pub static IMAGES: &[Image] = &[
         ptx_version: "8.0",
         ptx: concat!(include_str!("optim_adagrad.compute_90.ptx"), "\0"),
     },
+    Image {
+        family: "optim_ademamix_extras",
+        capability: 75,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("optim_ademamix_extras.compute_75.ptx"), "\0"),
+    },
+    Image {
+        family: "optim_ademamix_extras",
+        capability: 90,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("optim_ademamix_extras.compute_90.ptx"), "\0"),
+    },
 ];

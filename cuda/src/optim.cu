@@ -8,7 +8,8 @@
 // codes by one look-up and one addition (search_table.cuh), after one redux instruction for the block's largest magnitude.
 //
 // On Hopper, large 16-bit parameters with 8-bit states go through shared memory by tiles of TILE blocks (optim_tiles.cuh), which a
-// warp of its own copies in and out in bulk: every multiprocessor has DEPTH tiles there, and takes every gridDim.x-th.
+// warp of its own copies in and out in bulk, paged states by its lanes: every multiprocessor has DEPTH tiles there, and takes every
+// gridDim.x-th.
 // A multiprocessor's shared memory, for rules with one, two and three states, in bytes (a GPU that has less has no tiles):
 //
 //   what each warp works on, barriers, tables       19456   33280   32512
@@ -27,7 +28,7 @@
 constexpr u32 STATES = RULE::STATES;
 constexpr bool BOTH = RULE::SIGNED < STATES;  // maps
 
-// As rust/halfbyte/src/optim/cuda.rs has it: registers for rules with three states, and for the extras, cost warps.
+// As rust/halfbyte/src/optim/cuda.rs has it: registers for rules with three states cost warps.
 #if __CUDA_ARCH__ >= 900
 #define TILES
 constexpr u32 TILE = STATES > 2 ? 20 : 24, DEPTH = STATES == 1 ? 4 : 3;
@@ -39,7 +40,6 @@ using Spots = Places::Spots;
 constexpr u32 WARPS = STATES > 2 ? 20 : 24;
 constexpr u32 COPIES = 8;
 #endif
-constexpr u32 THREADS = WARPS * 32, EXTRAS_THREADS = 512;
 
 using SignedTable = SearchTable<6, true>;
 using UnsignedTable = SearchTable<7, false>;
@@ -397,28 +397,30 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
         Walk w = slot.walk;
         Places tiles{places, shared.tiles, w.turn, w.parity};
         for (;;) {
+            bool more = true;
             if (w.tile >= w.end) {  // another parameter
-                while (w.candidates == 0) {
-                    if (w.base >= request.group.count) {
-                        if (warp == TILE && lane == 0) tiles.finish();
-                        return false;
-                    }
+                while (w.candidates == 0 && w.base < request.group.count) {
                     const u32 at = w.base + lane;
                     w.candidates = __ballot_sync(ALL_LANES, at < request.group.count && request.group.at(at)->tiled());
                     w.base += WARP;
                 }
-                const u32 which = w.base - WARP + __ffs(w.candidates) - 1;
-                w.candidates &= w.candidates - 1;
-                open(which);
-                if (slot.grad == nullptr) continue;
-                tiles_of(request.group.start(which), w.tile, w.end);
-                const u32 count = w.end - w.tile;
-                w.tile += (blockIdx.x + gridDim.x - w.numbered % gridDim.x) % gridDim.x;
-                w.numbered += count;
+                more = w.candidates != 0;
+                if (more) {
+                    const u32 which = w.base - WARP + __ffs(w.candidates) - 1;
+                    w.candidates &= w.candidates - 1;
+                    open(which);
+                    if (slot.grad == nullptr) continue;
+                    tiles_of(request.group.start(which), w.tile, w.end);
+                    const u32 count = w.end - w.tile;
+                    w.tile += (blockIdx.x + gridDim.x - w.numbered % gridDim.x) % gridDim.x;
+                    w.numbered += count;
+                }
             }
             if (warp == TILE) {
+                const u32 lane = ask_lane();
+                tiles.change(more ? slot.at.paged() : !tiles.paged, lane);  // in the end places are emptied
                 for (; w.tile < w.end; w.tile += gridDim.x) {
-                    if (lane != 0) continue;
+                    if (lane != 0 && !tiles.paged) continue;
                     Places::Source from;
                     from.p = slot.at.p + u64(w.tile) * (TILE * 512);
 #pragma unroll
@@ -426,10 +428,11 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
                         from.states[s] = slot.at.states[s] + u64(w.tile) * (TILE * 256);
                         from.absmax[s] = reinterpret_cast<u8*>(slot.at.absmax[s] + u64(w.tile) * TILE);
                     }
-                    tiles.ask(from, slot.grad + u64(w.tile) * (TILE * 512));
+                    tiles.ask(from, slot.grad + u64(w.tile) * (TILE * 512), lane);
                 }
-                continue;
+                if (more) continue;
             }
+            if (!more) return false;
             w.tile = slot.at.type() == BF16_TYPE ? steps.template run<BF16_TYPE>(tiles, w.tile, gridDim.x, w.end, warp, lane)
                                                  : steps.template run<F16_TYPE>(tiles, w.tile, gridDim.x, w.end, warp, lane);
             if (w.tile < w.end) {
@@ -605,9 +608,15 @@ template <bool EXTRAS, bool SUMS> DEVICE void step(const Request& request, float
 #define NAME2(a, b) a##b
 #define NAME(a, b) NAME2(a, b)
 
-KERNEL __launch_bounds__(THREADS, 1) NAME(optim_, ENTRY)(const Request request) { step<false, false>(request, nullptr); }
+// All kernels of a rule are in one image, unless it is told which.
+#ifndef ONLY_EXTRAS
+KERNEL __launch_bounds__(WARPS * WARP, 1) NAME(optim_, ENTRY)(const Request request) { step<false, false>(request, nullptr); }
+#endif
+#ifndef WITHOUT_EXTRAS
+constexpr u32 EXTRAS_THREADS = 512;  // as the host has it: extras cost registers
 KERNEL __launch_bounds__(EXTRAS_THREADS, 1) NAME(optim_extras_, ENTRY)(const Request request) { step<true, false>(request, nullptr); }
+#endif
 #ifdef LIMITED
 // For rules whose updates are limited: [blocks] sums of squares of parameter and update.
-KERNEL __launch_bounds__(THREADS, 1) NAME(optim_sums_, ENTRY)(const Request request, float2* sums) { step<false, true>(request, sums); }
+KERNEL __launch_bounds__(WARPS * WARP, 1) NAME(optim_sums_, ENTRY)(const Request request, float2* sums) { step<false, true>(request, sums); }
 #endif

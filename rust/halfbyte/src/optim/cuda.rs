@@ -33,9 +33,11 @@ pub struct Entry {
     pub update_squares: Pointer,
     /// Number in the group, for random bits.
     pub index: u32,
-    /// Whether parameter, gradient, states and scales are all in memory that stays on the device. Copies in bulk are for such memory:
-    /// a page that the driver has moved to the host was an illegal address to them.
+    /// Whether parameter and gradient are in memory that stays on the device. Copies in bulk are for such memory: a page that the driver
+    /// has moved to the host was an illegal address to them.
     pub resident: bool,
+    /// Whether states and scales are, all of them.
+    pub resident_states: bool,
 }
 
 /// Words of an entry, beside the pointer of its gradient.
@@ -163,7 +165,8 @@ impl Table {
 }
 
 impl Entry {
-    /// Whether whole tiles of it can be copied in bulk: all begins at multiples of 16, and tiles are multiples of 16 bytes.
+    /// Whether it goes by tiles: it can be copied in bulk, states and scales by lanes if they may leave the device. All begins at multiples
+    /// of 16, and tiles are multiples of 16 bytes.
     fn tiled(&self) -> bool {
         let aligned = |pointers: &[Pointer]| pointers.iter().all(|p| p.is_multiple_of(16));
         self.eight
@@ -190,6 +193,7 @@ impl Entry {
             | u64::from(self.master != 0) << 6
             | u64::from(self.compensation != 0) << 7
             | u64::from(self.tiled()) << 8
+            | u64::from(self.tiled() && !self.resident_states) << 9
             | u64::from(self.index) << 32
     }
 
@@ -242,7 +246,7 @@ static STEP: [Kernel; 6] = [
 
 static STEP_WITH_EXTRAS: [Kernel; 6] = [
     Kernel::new("optim_adam", "optim_extras_adam"),
-    Kernel::new("optim_ademamix", "optim_extras_ademamix"),
+    Kernel::new("optim_ademamix_extras", "optim_extras_ademamix"),
     Kernel::new("optim_lion", "optim_extras_lion"),
     Kernel::new("optim_momentum", "optim_extras_momentum"),
     Kernel::new("optim_rmsprop", "optim_extras_rmsprop"),
@@ -541,6 +545,7 @@ mod tests {
             states: [1 << 8, 1 << 9, 0],
             absmax: [1 << 10, 1 << 11, 0],
             resident: true,
+            resident_states: true,
             ..Entry::default()
         }
     }
@@ -559,9 +564,12 @@ mod tests {
             Entry { states: [large.states[0], large.states[1] + 8, 0], ..large },
             Entry { absmax: [large.absmax[0] + 4, large.absmax[1], 0], ..large },
         ];
-        assert!(large.tiled() && large.about() & 256 != 0);
+        assert!(large.tiled() && large.about() & (256 | 512) == 256);
+        let paged = Entry { resident_states: false, ..large };
+        assert!(paged.tiled() && paged.about() == large.about() | 512);
         for other in none {
-            assert!(!other.tiled() && other.about() & 256 == 0, "{other:?}");
+            let other = Entry { resident_states: false, ..other };
+            assert!(!other.tiled() && other.about() & (256 | 512) == 0, "{other:?}");
         }
         let small = Table::new(&none);
         assert!(!small.tiled);

@@ -152,10 +152,11 @@ fn entry(slot: &Slot, grad: (u64, Option<Dtype>), index: usize) -> Entry {
         update_squares: places.unorm as u64,
         index: index as u32,
         resident: false,
+        resident_states: places.resident_states,
     }
 }
 
-/// Whether all of a large parameter is in memory that stays on the device, its gradient too.
+/// Whether a large parameter is in memory that stays on the device, and its gradient too.
 fn stays(slot: &Slot, grad: u64, device: i32) -> Result<bool, Error> {
     Ok(slot.places.resident && (grad == 0 || is_resident(device, grad)?))
 }

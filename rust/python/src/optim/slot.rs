@@ -51,24 +51,23 @@ pub(super) struct Places {
     pub(super) unorm: usize,
     /// Bytes of states that the driver moves between host and device.
     pub(super) paged: usize,
-    /// Whether it is a large parameter of a GPU, and all of it in memory that stays there.
+    /// Whether it is a large parameter of a GPU, in memory that stays there.
     pub(super) resident: bool,
+    /// Whether its states and their scales are in such memory too, all of them.
+    pub(super) resident_states: bool,
 }
 
 #[cfg(feature = "cuda")]
 impl Places {
-    /// Whether it is large and the driver knows all of it, the gradient apart, as memory of the device itself.
-    fn is_resident(&self, device: i32) -> Result<bool, Error> {
-        if self.n < halfbyte::optim::cuda::LARGE || self.paged > 0 {
-            return Ok(false);
+    /// Looks where a large parameter and its states are: whether the driver knows them as memory of the device itself.
+    fn find_residents(&mut self, device: i32) -> Result<(), Error> {
+        use halfbyte::device::cuda::is_resident;
+        self.resident = self.n >= halfbyte::optim::cuda::LARGE && is_resident(device, self.p as u64)?;
+        self.resident_states = self.resident && self.paged == 0;
+        for address in self.states.iter().chain(&self.absmax).filter(|address| **address != 0) {
+            self.resident_states = self.resident_states && is_resident(device, *address as u64)?;
         }
-        let all = self.states.iter().chain(&self.absmax).chain([&self.p]).filter(|address| **address != 0);
-        for address in all {
-            if !halfbyte::device::cuda::is_resident(device, *address as u64)? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        Ok(())
     }
 }
 
@@ -284,7 +283,7 @@ impl Slot {
         }
         #[cfg(feature = "cuda")]
         if let Place::Cuda(device) = place {
-            places.resident = places.is_resident(device).map_err(raise)?;
+            places.find_residents(device).map_err(raise)?;
         }
         Ok(places)
     }
