@@ -158,7 +158,7 @@ pub(crate) fn workspace_for(
     threshold: f32,
 ) -> Result<usize, Error> {
     let shape = layer(x, n);
-    let none = cuda::needs_no_workspace(device, (at(x), at(w)), shape, threshold)?;
+    let none = cuda::needs_no_workspace(device, (at(x), x.float()?), at(w), shape, threshold)?;
     Ok(if none { 0 } else { cuda::linear_workspace(shape, threshold) })
 }
 

@@ -18,16 +18,8 @@ const TOKENS: [u32; 3] = [32, 64, 128];
 
 /// By dtype and tokens; the second, with more rows a block, is not there where its registers would spill.
 pub(super) static WGMMA: [[[Option<Kernel>; 2]; 3]; 2] = [
-    [
-        one("four_bit_wgmma_bf16_m32"),
-        entries("four_bit_wgmma_bf16_m64"),
-        one("four_bit_wgmma_bf16_m128"),
-    ],
-    [
-        one("four_bit_wgmma_f16_m32"),
-        entries("four_bit_wgmma_f16_m64"),
-        one("four_bit_wgmma_f16_m128"),
-    ],
+    [one("four_bit_wgmma_bf16_m32"), entries("four_bit_wgmma_bf16_m64"), one("four_bit_wgmma_bf16_m128")],
+    [one("four_bit_wgmma_f16_m32"), entries("four_bit_wgmma_f16_m64"), one("four_bit_wgmma_f16_m128")],
 ];
 
 const fn one(family: &'static str) -> [Option<Kernel>; 2] {

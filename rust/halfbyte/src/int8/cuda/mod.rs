@@ -27,11 +27,12 @@ const fn rounded(bytes: usize) -> usize {
 /// Whether [`linear`] of these operands needs no workspace.
 pub fn needs_no_workspace(
     ordinal: i32,
-    operands: (Pointer, Pointer),
+    x: (Pointer, Dtype),
+    w: Pointer,
     shape: (usize, usize, usize),
     threshold: f32,
 ) -> Result<bool> {
-    Ok(layer_stream::plan(device(ordinal)?, operands, shape, threshold).is_some())
+    Ok(layer_stream::plan(device(ordinal)?, x, w, shape, threshold).is_some())
 }
 
 /// Bytes of workspace that [`linear`] wants: quantized rows, their statistics, and columns with outliers where there is a threshold.
@@ -58,7 +59,7 @@ pub unsafe fn linear(
     if m == 0 || n == 0 {
         return Ok(());
     }
-    if let Some(plan) = layer_stream::plan(device(stream.device)?, (x, w), (m, n, k), threshold) {
+    if let Some(plan) = layer_stream::plan(device(stream.device)?, (x, dtype), w, (m, n, k), threshold) {
         let layer = layer_stream::Layer { x, dtype, w, column_stats, bias, threshold, out };
         // SAFETY: the caller's promise.
         return unsafe { layer_stream::launch(stream, plan, &layer, (m, n, k)) };
