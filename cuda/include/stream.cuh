@@ -6,17 +6,19 @@
 #include "shared.cuh"
 #include "warpgroup.cuh"
 
-constexpr u32 COLUMNS = TOKENS / 8;                // tiles of 8 tokens
-constexpr u32 MOST_WARPS = COLUMNS == 1 ? 16 : 12; // that compute; sums of 16 tokens want registers for fewer
-// Others serve. Where sums of 16 tokens want more registers, computing warps take some of theirs, by warpgroups.
-constexpr u32 SERVING = COLUMNS == 2 ? 4 : NESTED ? 3 : 2;
+constexpr u32 COLUMNS = TOKENS / 8;                         // tiles of 8 tokens
+constexpr u32 MOST_WARPS = COLUMNS == 1 ? 16 : 12;          // that compute
+constexpr u32 SERVING = COLUMNS == 2 ? 4 : NESTED ? 3 : 2;  // warps that serve
+// Registers of a thread, of the 128 that each has at first, where two columns of sums want more: what warps that serve keep, and what
+// warps that compute have then (whole warpgroups of both).
 constexpr u32 GIVEN = 56, TAKEN = 152;
+static_assert(4 * GIVEN + MOST_WARPS * TAKEN <= 16 * 128 || COLUMNS == 1);
 constexpr u32 STAGES = COLUMNS == 1 ? 3 : 4;
-constexpr u32 SLICE = 2;        // blocks of 64 that a warp has of a stage
-constexpr u32 ROWS = 32;        // of a stage: two tiles
-constexpr u32 GROUP = 8;        // tiles whose sums are in registers at a time
-constexpr u32 ROUND = 2 / COLUMNS;                   // tiles whose sums are added at a time while the ring is in use
-constexpr u32 SUM_FLOATS = COLUMNS * TILE_FLOATS;    // of a tile
+constexpr u32 SLICE = 2;                           // blocks of 64 that a warp has of a stage
+constexpr u32 ROWS = 32;                           // of a stage: two tiles
+constexpr u32 GROUP = 8;                           // tiles whose sums are in registers at a time
+constexpr u32 ROUND = 2 / COLUMNS;                 // tiles whose sums are added at a time while the ring is in use
+constexpr u32 SUM_FLOATS = COLUMNS * TILE_FLOATS;  // of a tile
 
 // The pair table (mma.cuh) at 64 K from where the block's shared memory begins (which in a cluster is not at 0), in rows of 256 bytes:
 // then one byte permutation makes a look-up's address. Between the rows are 128 bytes for something else, and dynamic shared memory
@@ -115,7 +117,8 @@ template <u32 BEGIN> DEVICE void serve_weights(const Share& share, const Weight&
     }
 }
 
-// The second half of the rows (where no other warp has it), and plain scales of blocks of 64 where each row's begin at a multiple of 16 bytes.
+// The second half of the rows (if there is one column; if there are two, a warp of its own has it), and plain scales of blocks of 64 where
+// each row's begin at a multiple of 16 bytes.
 DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
@@ -137,7 +140,7 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     }
 }
 
-// A quarter of the rows (likewise), and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
+// A quarter of the rows (if there is one column), and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
 // has scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
 // half of a row's. `map` is filled by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
@@ -199,7 +202,7 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
     }
 }
 
-// The second half of the rows (likewise), and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the
+// The second half of the rows (if there is one column), and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the
 // ring does not matter.
 DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
     constexpr u32 BATCH = 8;

@@ -1,21 +1,24 @@
-// out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] for M ≤ 8 straight from packed 4-bit weights: the weights as one stream.
+// out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] for M ≤ 16 straight from packed 4-bit weights: the weights as one stream.
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
-// From sm_90 on. Up to eight weights ("pieces") that share x go through one launch. How operands lie and codes are decoded: mma.cuh.
+// Built with ELEMENT = Bf16 and F16 and NESTED = 0 and 1, each with TOKENS = 8 (from sm_90 on) and 16 (sm_90a). Up to eight weights ("pieces") that share x go through one launch. How operands lie and codes are decoded: mma.cuh.
 //
 // One block of threads an SM. It owns up to tiles_per_block tiles of 16 rows, and takes them in groups of 8; a group goes along K in
 // steps of `warps` × 128 weights, of which each of the computing warps has 128:
 //
 //              K →   step 0                          step 1
-//                    warp 0  warp 1  …  warp 15    | warp 0 …
+//                    warp 0  warp 1  …  warp 15    | warp 0 …                       (… warp 11, if there are 16 tokens)
 //   tiles 0, 1       [ 128 ][ 128 ]  …  [ 128 ]    |              a stage: 32 rows × `warps` × 64 bytes, and the scales of them
 //   tiles 2, 3       [     ][     ]                |              order: step outer, tiles inner, so that a warp has its
 //                                                                 activations of a step in registers for all tiles
 //
-// so that memory is read 1 KB of a row at a time. Two more warps serve, three where scales are nested (stream.cuh): they fill a ring
-// of 3 such stages, weights by a copy in bulk for each row, with a full and an empty barrier a stage, and see to the scales.
+// so that memory is read 1 KB (or 768 bytes) of a row at a time. Two more warps serve, three where scales are nested (stream.cuh): they
+// fill a ring of 3 such stages, weights by a copy in bulk for each row, with a full and an empty barrier a stage, and see to the scales.
 // Activations of the next step come by way of shared memory while this one is worked on.
+//
+// For 9 to 16 tokens the same, with two columns of 8: 64 sums a thread and 32 registers of activations. Twelve warps compute, with 152
+// registers, which they have from four that serve, and the ring has 4 stages of 24 KB.
 //
 // Sums stay in registers along K; then the warps' are added through shared memory in fixed order. Where activations would weigh as
 // much as weights (few tiles a block, long K), two blocks of a cluster split K between them and add their sums over distributed
@@ -23,15 +26,14 @@
 //
 // Programmatic dependent launch: the table is made before the kernel waits for the one ahead of it.
 //
-// Shared memory, by address: static; the first stage of the ring; from 64 K on the pair table, in whose gaps activations lie (a gap has a
-// token's 64 of a block); sums of a round; the other two stages.
+// Shared memory, by address: static; activations of tokens 8 to 15; the first stage of the ring; from 64 K on the pair table, in whose gaps
+// those of tokens 0 to 7 lie (a gap has a token's 64 of a block); sums of a round; the other stages.
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a block and group + 2·M·N.
 #if !defined(ELEMENT) || !defined(NESTED) || !defined(TOKENS)
 #error "compile with -DELEMENT=Bf16 or F16, -DNESTED=0 or 1, whether all scales are nested, and -DTOKENS=8 or 16"
 #endif
 
 #include "stream.cuh"
-
 
 constexpr u32 MOST_PIECES = 8;
 
@@ -167,23 +169,27 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         const SpacedPairs pairs(share.begin, lane);
         const u32 weights_at = g * ROW_BYTES + warp * (SLICE * 32) + t * 8;
         const u32 scales_at = (g * SCALE_FLOATS + warp * SLICE) * 4;
-        // Activations: chunks of 16 bytes are swapped in pairs for odd tokens, so that what lanes of two tokens read at a time is in different
-        // banks. Rows beyond M are a column's first row again (or what lies there): their sums are not used. Beyond K they are 0.
+        // Activations: chunks of 16 bytes are swapped in pairs for odd tokens, so that what lanes of two tokens read at a time is in
+        // different banks. Rows beyond M are a column's first row again: their sums are not used. Beyond K they are 0.
         const u32 x_ring = share.begin + SpacedPairs::AT + SpacedPairs::GAP_AT + warp * 8 * X_ROW;
         const u32 more_x_ring = share.begin + MORE_X_AT + warp * 8 * MORE_X_ROW;
         const u32 token = g < M ? g : 0, x_at = x_ring + token * X_ROW + t * 32, swap = token % 2 * 16;
-        const u32 more_token = 8 + g < M ? g : 0, more_x_at = more_x_ring + more_token * MORE_X_ROW + t * 32, more_swap = more_token % 2 * 16;
+        const u32 more_token = 8 + g < M ? g : 0, more_swap = more_token % 2 * 16;
+        const u32 more_x_at = more_x_ring + more_token * MORE_X_ROW + t * 32;
         auto copy_activations = [&](u32 step) {
-            const u32 block = share.first + (step * share.warps + warp) * SLICE, half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;  // of tokens half, half + 2, …
+            const u32 block = share.first + (step * share.warps + warp) * SLICE;
+            const u32 half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;  // of tokens half, half + 2, …
             const bool valid = block + k < share.last;
             const u32 swapped = (chunk ^ half) * 16;
             if (COLUMNS == 1) {
                 for (u32 m = half; m < M; m += 2)
-                    copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + swapped, x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
+                    copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + swapped,
+                           x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);
             } else {
                 const ELEMENT* from = x + (valid ? u64(half) * K + (block + k) * 64 + chunk * 8 : 0);
                 const u64 two_rows = valid ? 2 * u64(K) : 0;
-                u32 to = x_ring + half * X_ROW + k * SpacedPairs::ROW + swapped, more_to = more_x_ring + half * MORE_X_ROW + k * 128 + swapped;
+                u32 to = x_ring + half * X_ROW + k * SpacedPairs::ROW + swapped;
+                u32 more_to = more_x_ring + half * MORE_X_ROW + k * 128 + swapped;
                 keep(to), keep(more_to);  // or they are computed again for every copy
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i) {
@@ -212,9 +218,10 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 __syncwarp();
 #pragma unroll
                 for (u32 k = 0; k < SLICE; ++k) {
-                    b[k][0][0] = load_uint4(x_at + k * SpacedPairs::ROW + swap), b[k][0][1] = load_uint4(x_at + k * SpacedPairs::ROW + (16 ^ swap));
-                    if (COLUMNS == 2)
-                        b[k][1 % COLUMNS][0] = load_uint4(more_x_at + k * 128 + more_swap), b[k][1 % COLUMNS][1] = load_uint4(more_x_at + k * 128 + (16 ^ more_swap));
+                    const u32 from = x_at + k * SpacedPairs::ROW, more = more_x_at + k * 128;
+                    b[k][0][0] = load_uint4(from + swap), b[k][0][1] = load_uint4(from + (16 ^ swap));
+                    constexpr u32 LAST = COLUMNS - 1;
+                    if (LAST) b[k][LAST][0] = load_uint4(more + more_swap), b[k][LAST][1] = load_uint4(more + (16 ^ more_swap));
                 }
                 __syncwarp();
                 const bool last = step + 1 == share.steps;
