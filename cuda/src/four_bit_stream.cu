@@ -123,6 +123,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     share.empty = share.full + STAGES * 8;
     share.codes = shared_address(codes);
     share.begin = shared_begin(dynamic);
+    if (COLUMNS == 2 && NESTED) keep(share.empty), keep(share.begin);  // or registers spill that they are made from, again at each use
     const u32 threads = share.warps * WARP;  // that compute
     auto place = [&](u32 at) { return reinterpret_cast<float*>(dynamic + (share.begin + at - shared_address(dynamic))); };
     // A block's part of sums. Of 16 tokens they lie where activations were.
