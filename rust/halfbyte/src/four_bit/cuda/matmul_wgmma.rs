@@ -1,4 +1,4 @@
-//! From nine rows on compute capability 9.0: the kernel of cuda/src/four_bit_wgmma.cu.
+//! From 17 rows on compute capability 9.0: the kernel of cuda/src/four_bit_wgmma.cu.
 
 use crate::codebook::Kind;
 use crate::device::cuda::{
