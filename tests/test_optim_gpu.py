@@ -59,6 +59,21 @@ def captured(graphed, eager):
     return graph
 
 
+def compare_replays(graphed, params, eager, twins, prepare=lambda graphed: None):
+    """Replay a captured step beside eager ones, and compare parameters."""
+    give_gradients(params, 0)
+    give_gradients(twins, 0)
+    graph = captured(graphed, eager)
+    for step in range(1, 6):
+        give_gradients(params, step, into=True)
+        give_gradients(twins, step)
+        prepare(graphed)
+        graph.replay()
+        eager.step()
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+
+
 def states(optimizer):
     return [
         {key: value.clone() if torch.is_tensor(value) else value for key, value in state.items()}
@@ -141,16 +156,7 @@ def test_large_parameters_in_a_captured_step_and_beside_small_ones(name):
     params, twins = parameters(sizes), parameters(sizes)
     one = getattr(optim, name)(params, capturable=True, **EVERY[name])
     other = getattr(optim, name)(twins, capturable=True, **EVERY[name])
-    give_gradients(params, 0)
-    give_gradients(twins, 0)
-    graph = captured(one, other)
-    for step in range(1, 6):
-        give_gradients(params, step, into=True)
-        give_gradients(twins, step)
-        graph.replay()
-        other.step()
-    for p, q in zip(params, twins, strict=True):
-        assert torch.equal(p, q)
+    compare_replays(one, params, other, twins)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -337,17 +343,7 @@ def test_a_captured_step_of_large_paged_parameters():
     sizes = [1 << 21, 70_001, 1_500_000]
     params, twins = parameters(sizes), parameters(sizes)
     one, other = optim.PagedAdamW8bit(params, capturable=True), optim.AdamW8bit(twins, capturable=True)
-    give_gradients(params, 0)
-    give_gradients(twins, 0)
-    graph = captured(one, other)
-    for step in range(1, 6):
-        give_gradients(params, step, into=True)
-        give_gradients(twins, step)
-        to_host(one)
-        graph.replay()
-        other.step()
-    for p, q in zip(params, twins, strict=True):
-        assert torch.equal(p, q)
+    compare_replays(one, params, other, twins, prepare=to_host)
 
 
 @pytest.mark.parametrize("moved", ["grad", "parameter"])

@@ -12,7 +12,7 @@ constexpr u32 SERVING = COLUMNS == 2 ? 4 : NESTED ? 3 : 2;  // warps that serve
 // Registers of a thread, of the 128 that each has at first, where two columns of sums want more: what warps that serve keep, and what
 // warps that compute have then (whole warpgroups of both).
 constexpr u32 GIVEN = 56, TAKEN = 152;
-static_assert(4 * GIVEN + MOST_WARPS * TAKEN <= 16 * 128 || COLUMNS == 1);
+static_assert(SERVING * GIVEN + MOST_WARPS * TAKEN <= (SERVING + MOST_WARPS) * 128 || COLUMNS == 1);
 constexpr u32 STAGES = COLUMNS == 1 ? 3 : 4;
 constexpr u32 SLICE = 2;                           // blocks of 64 that a warp has of a stage
 constexpr u32 ROWS = 32;                           // of a stage: two tiles
@@ -140,9 +140,9 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     }
 }
 
-// A quarter of the rows (if there is one column), and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two
-// has scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes
-// half of a row's. `map` is filled by both while the first codes are on their way.
+// A quarter of the rows (if there is one column), and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes.
+// Warp `part` of two has scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead,
+// and a lane decodes half of a row's. `map` is filled by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
     constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
     static_assert(MINE * 2 == WARP && CODE_WORDS <= 8 && CODE_WORDS % 2 == 0, "two lanes a row");
@@ -186,9 +186,10 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) words[w] = load_word(from + row * CODE_ROW + (half * WORDS + w) * 4);
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (COLUMNS == 2) {
-        } else if (part == 0) copy_weights<HALF, HALF + QUARTER>(share, weight, turn.stage, now, lane);
-        else copy_weights<HALF + QUARTER, ROWS>(share, weight, turn.stage, now, lane);
+        if (COLUMNS == 1) {
+            if (part == 0) copy_weights<HALF, HALF + QUARTER>(share, weight, turn.stage, now, lane);
+            else copy_weights<HALF + QUARTER, ROWS>(share, weight, turn.stage, now, lane);
+        }
         const u32 to = share.scales(turn.stage) + (row * SCALE_FLOATS + half * WORDS * 4) * 4;
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) {
@@ -202,8 +203,8 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
     }
 }
 
-// The second half of the rows (if there is one column), and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what lies there in the
-// ring does not matter.
+// The second half of the rows (if there is one column), and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what
+// lies there in the ring does not matter.
 DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
     constexpr u32 BATCH = 8;
     Turn turn;

@@ -2,7 +2,8 @@
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
-// Built with ELEMENT = Bf16 and F16 and NESTED = 0 and 1, each with TOKENS = 8 (from sm_90 on) and 16 (sm_90a). Up to eight weights ("pieces") that share x go through one launch. How operands lie and codes are decoded: mma.cuh.
+// Built with ELEMENT = Bf16 and F16 and NESTED = 0 and 1, each with TOKENS = 8 (from sm_90 on) and 16 (sm_90a). Up to eight weights
+// ("pieces") that share x go through one launch. How operands lie and codes are decoded: mma.cuh.
 //
 // One block of threads an SM. It owns up to tiles_per_block tiles of 16 rows, and takes them in groups of 8; a group goes along K in
 // steps of `warps` × 128 weights, of which each of the computing warps has 128:
@@ -182,7 +183,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
             const u32 half = lane / 16, k = lane / 8 % 2, chunk = lane % 8;  // of tokens half, half + 2, …
             const bool valid = block + k < share.last;
             const u32 swapped = (chunk ^ half) * 16;
-            if (COLUMNS == 1) {
+            if (COLUMNS == 1) {  // few copies: pointers that walk would cost registers here, and time
                 for (u32 m = half; m < M; m += 2)
                     copy16(x_ring + m * X_ROW + k * SpacedPairs::ROW + swapped,
                            x + (valid ? u64(m) * K + (block + k) * 64 + chunk * 8 : 0), valid);

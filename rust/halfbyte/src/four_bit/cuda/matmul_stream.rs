@@ -10,6 +10,8 @@ use super::matmul_small::mma_values;
 
 /// Most rows of activations.
 pub(super) const MOST_ROWS: usize = 16;
+/// Rows of one column. What two columns have is the second of all that is kept by columns.
+const COLUMN: usize = 8;
 
 /// By dtype, for up to 8 and up to 16 rows, plain and nested.
 pub(super) static STREAM: [[[Kernel; 2]; 2]; 2] = [
@@ -30,7 +32,7 @@ const fn stream(family: &'static str) -> Kernel {
 /// Whether the device runs this kernel: it needs nearly all of an H200's shared memory.
 pub(super) fn fits(gpu: &Device, dtype: Dtype, m: usize) -> bool {
     // Beyond eight rows warps pass on registers, which PTX has for this GPU alone.
-    let most = if gpu.capability == 90 { MOST_ROWS } else { 8 };
+    let most = if gpu.capability == 90 { MOST_ROWS } else { COLUMN };
     gpu.capability >= 90 && gpu.shared_memory >= SHARED && dtype != Dtype::F32 && m <= most
 }
 
@@ -71,7 +73,7 @@ pub(super) unsafe fn launch(
         .u32(plan.tiles)
         .u32(pieces.len() as u32)
         .block(&table);
-    let kernel = &STREAM[dtype_index(dtype)][usize::from(m > 8)][usize::from(nested)];
+    let kernel = &STREAM[dtype_index(dtype)][usize::from(m > COLUMN)][usize::from(nested)];
     // SAFETY: the arguments are those of `matmul_4bit_stream`; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
 }
@@ -139,7 +141,7 @@ impl Plan {
                 (split, tiles) = (2, shared);
             }
         }
-        let columns = usize::from(m > 8);
+        let columns = usize::from(m > COLUMN);
         let slices = (k / 64).div_ceil(SLICE as usize).div_ceil(split as usize) as u32;
         let steps = slices.div_ceil(MOST_WARPS[columns]).max(1);
         // An even number of warps, for copies of 16 bytes of scales; whole warpgroups where they pass on registers.
@@ -176,9 +178,10 @@ mod tests {
                 for (k, nested) in ks.into_iter().flat_map(|k| [(k, false), (k, true)]) {
                     let plan = Plan::new(m, rows, k, nested, 132);
                     let Launch { grid, threads, cluster, .. } = plan.launch;
-                    let computing = threads / 32 - SERVING[usize::from(m > 8)][usize::from(nested)];
-                    assert!(computing <= MOST_WARPS[usize::from(m > 8)]);
-                    assert!(computing >= 2 && computing.is_multiple_of(if m > 8 { 4 } else { 2 }));
+                    let columns = usize::from(m > COLUMN);
+                    let computing = threads / 32 - SERVING[columns][usize::from(nested)];
+                    assert!(computing <= MOST_WARPS[columns]);
+                    assert!(computing >= 2 && computing.is_multiple_of([2, 4][columns]));
                     assert!(cluster == 1 || plan.tiles <= GROUP);
                     let blocks = rows.iter().map(|&n| plan.clusters(n)).sum::<u32>() * cluster;
                     assert_eq!(blocks, grid.0);
