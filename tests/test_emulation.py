@@ -79,7 +79,7 @@ def stream(draw, kernel, k):
     stage = 32 * (most * 2 * 32 + 32 + (most * 2 + 4) * 4)
     static = {(8, 0): 4, (8, 1): 8, (16, 0): 1, (16, 1): 5}[kernel.tokens, kernel.nested]
     shared = (128 + most - static) * KB + (2 if few else 3) * stage
-    threads = (warps + ((3 if kernel.nested else 2) if few else 4)) * 32
+    threads = (warps + (2 if few and not kernel.nested else 4)) * 32
     return {"n": rows, "tiles": tiles, "cluster": cluster, "shared": shared, "threads": threads, "registers": 128}
 
 
@@ -170,8 +170,8 @@ MISTAKES = {
     "a barrier counts too few": ("stream f16", "whole ? 2 + WARP", "whole ? 1 + WARP"),
     "a barrier of codes counts too few": (
         "stream nested f16",
-        "nested ? (COLUMNS == 1 ? 3 : 2) + 2 * WARP",
         "nested ? 2 + 2 * WARP",
+        "nested ? 1 + 2 * WARP",
     ),
     "x is overwritten while it is read": (
         "stream nested f16 16",

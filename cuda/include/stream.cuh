@@ -8,7 +8,8 @@
 
 constexpr u32 COLUMNS = TOKENS / 8;                         // tiles of 8 tokens
 constexpr u32 MOST_WARPS = COLUMNS == 1 ? 16 : 12;          // that compute
-constexpr u32 SERVING = COLUMNS == 2 ? 4 : NESTED ? 3 : 2;  // warps that serve
+constexpr u32 SERVING = COLUMNS == 2 || NESTED ? 4 : 2;      // warps that serve,
+constexpr u32 COPYING = SERVING / 2;                        // of which so many do nothing but copy weights
 // Registers of a thread, of the 128 that each has at first, where two columns of sums want more: what warps that serve keep, and what
 // warps that compute have then (whole warpgroups of both).
 constexpr u32 GIVEN = 56, TAKEN = 152;
@@ -106,7 +107,7 @@ template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const
     if (row < end)
         bulk_load(share.stage(stage) + row * ROW_BYTES, weight.packed + u64(at.row0() + row) * share.blocks * 32 + at.block() * 32, bytes, full);
 }
-constexpr u32 HALF = ROWS / 2, QUARTER = ROWS / 4;
+constexpr u32 HALF = ROWS / 2;
 
 template <u32 BEGIN> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
@@ -117,13 +118,13 @@ template <u32 BEGIN> DEVICE void serve_weights(const Share& share, const Weight&
     }
 }
 
-// The second half of the rows (if there is one column; if there are two, a warp of its own has it), and plain scales of blocks of 64 where
-// each row's begin at a multiple of 16 bytes.
+// The second half of the rows (unless a warp of its own has it), and plain scales of blocks of 64 where each row's begin at a multiple of
+// 16 bytes.
 DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (COLUMNS == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
+        if (COPYING == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         // Four rows at a time, eight chunks of 16 bytes each.
         const u32 first_row = lane / 8, chunk = lane % 8, rows = share.rows(at.row0());
         const bool valid = chunk < at.width() / 4;
@@ -140,9 +141,9 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     }
 }
 
-// A quarter of the rows (if there is one column), and nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes.
-// Warp `part` of two has scales of half of a stage's rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead,
-// and a lane decodes half of a row's. `map` is filled by both while the first codes are on their way.
+// Nested scales of blocks of 64 where each row's codes begin at a multiple of 4 bytes. Warp `part` of two has scales of half of a stage's
+// rows; codes and nested scales come by asynchronous copies CODE_STAGES - 1 stages ahead, and a lane decodes half of a row's. `map` is filled
+// by both while the first codes are on their way.
 DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 nested_shift, float* map, u32 part, u32 lane) {
     constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
     static_assert(MINE * 2 == WARP && CODE_WORDS <= 8 && CODE_WORDS % 2 == 0, "two lanes a row");
@@ -186,10 +187,6 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) words[w] = load_word(from + row * CODE_ROW + (half * WORDS + w) * 4);
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (COLUMNS == 1) {
-            if (part == 0) copy_weights<HALF, HALF + QUARTER>(share, weight, turn.stage, now, lane);
-            else copy_weights<HALF + QUARTER, ROWS>(share, weight, turn.stage, now, lane);
-        }
         const u32 to = share.scales(turn.stage) + (row * SCALE_FLOATS + half * WORDS * 4) * 4;
 #pragma unroll
         for (u32 w = 0; w < WORDS; ++w) {
@@ -203,8 +200,8 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
     }
 }
 
-// The second half of the rows (if there is one column), and any scales, eight of a row at a time. Blocks beyond the row get 0, so that what
-// lies there in the ring does not matter.
+// The second half of the rows (unless a warp of its own has it), and any scales, eight of a row at a time. Blocks beyond the row get 0, so
+// that what lies there in the ring does not matter.
 DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_block, u32 nested_shift, const float* map, u32 lane) {
     constexpr u32 BATCH = 8;
     Turn turn;
@@ -213,7 +210,7 @@ DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_bloc
     const float offset = plain ? 0.f : __ldg(weight.offset);
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (COLUMNS == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
+        if (COPYING == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
         const u32 width = lane < share.rows(at.row0()) ? at.width() : 0;
         const u64 row = u64(at.row0() + lane) * share.blocks + at.block();

@@ -14,7 +14,7 @@
 //   tiles 2, 3       [     ][     ]                |              order: step outer, tiles inner, so that a warp has its
 //                                                                 activations of a step in registers for all tiles
 //
-// so that memory is read 1 KB (or 768 bytes) of a row at a time. Two more warps serve, three where scales are nested (stream.cuh): they
+// so that memory is read 1 KB (or 768 bytes) of a row at a time. Two more warps serve, four where scales are nested (stream.cuh): they
 // fill a ring of 3 such stages, weights by a copy in bulk for each row, with a full and an empty barrier a stage, and see to the scales.
 // Activations of the next step come by way of shared memory while this one is worked on.
 //
@@ -146,7 +146,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         const bool whole = !NESTED && rows_of_four && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
         if (warp == share.warps) {
             // Of each warp that expects bytes, and of those who bring scales.
-            const u32 arrivals = nested ? (COLUMNS == 1 ? 3 : 2) + 2 * WARP : whole ? 2 + WARP : 2 + 1;
+            const u32 arrivals = nested ? 2 + 2 * WARP : whole ? 2 + WARP : 2 + 1;
             if (lane < STAGES) barrier_init(share.full + lane * 8, arrivals), barrier_init(share.empty + lane * 8, share.warps);
             barrier_init_fence();
         }
@@ -155,9 +155,9 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         named_barrier_arrive(3, blockDim.x);
         const u32 part = warp - share.warps;
         if (part == 0) serve_weights<0>(share, weight, lane);
-        else if (part < COLUMNS) serve_weights<HALF>(share, weight, lane);
-        else if (nested) serve_nested_scales(share, weight, nested_shift, map, part - COLUMNS, lane);
-        else if (part > COLUMNS) {  // has nothing to do
+        else if (part < COPYING) serve_weights<HALF>(share, weight, lane);
+        else if (nested) serve_nested_scales(share, weight, nested_shift, map, part - COPYING, lane);
+        else if (part > COPYING) {  // has nothing to do
         } else if (whole) serve_whole_scales(share, weight, lane);
         else {
             if (NESTED)

@@ -92,7 +92,7 @@ const GROUP: u32 = 8;
 /// Warps that compute, at most.
 const MOST_WARPS: [u32; 2] = [16, 12];
 /// Other warps, that serve: where scales are plain and where they are nested.
-const SERVING: [[u32; 2]; 2] = [[2, 3], [4, 4]];
+const SERVING: [[u32; 2]; 2] = [[2, 4], [4, 4]];
 /// A warp's blocks of 64 in a stage.
 const SLICE: u32 = 2;
 /// From the begin of shared memory to its end: static and a stage, the pair table up to 128 K, sums (a tile's of 8 tokens are 512 bytes a
