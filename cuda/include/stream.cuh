@@ -15,6 +15,7 @@ constexpr u32 COPYING = SERVING / 2;                        // of which so many 
 constexpr u32 GIVEN = 56, TAKEN = 152;
 static_assert(SERVING * GIVEN + MOST_WARPS * TAKEN <= (SERVING + MOST_WARPS) * 128 || COLUMNS == 1);
 constexpr u32 STAGES = COLUMNS == 1 ? 3 : 4;
+constexpr u32 PARTS = COLUMNS == 1 ? 2 : 1;        // of a stage that are waited for one after the other: its tiles, where arithmetic is not what binds
 constexpr u32 SLICE = 2;                           // blocks of 64 that a warp has of a stage
 constexpr u32 ROWS = 32;                           // of a stage: two tiles
 constexpr u32 GROUP = 8;                           // tiles whose sums are in registers at a time
@@ -76,6 +77,8 @@ struct Share {
     u32 full, empty, codes, begin;  // shared addresses
     // The first stage ends where the pair table begins, the others lie behind it.
     DEVICE u32 stage(u32 i) const { return begin + (i == 0 ? FIRST_AT : RING_AT + (i - 1) * STAGE_BYTES); }
+    // The barrier that says that tile 0 or 1 of a stage has landed.
+    DEVICE u32 landed(u32 stage, u32 tile) const { return full + (stage * PARTS + tile % PARTS) * 8; }
     DEVICE u32 scales(u32 i) const { return stage(i) + ROWS * ROW_BYTES; }
     DEVICE u32 rows(u32 row0) const { return min(min(ROWS, N - row0), (first_tile + tiles) * 16 - row0); }
 };
@@ -101,7 +104,8 @@ struct Walk {
 // Copies rows [BEGIN, END) of a stage's weights in bulk, a lane a row, up to 1 KB. A warp issues such copies one by one, about 60 cycles each:
 // all 32 rows would take it as long as the others take for the stage, so those that serve share them.
 template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const Weight& weight, u32 stage, const Walk& at, u32 lane) {
-    const u32 end = min(END, share.rows(at.row0())), row = BEGIN + lane, bytes = at.width() * 32, full = share.full + stage * 8;
+    const u32 end = min(END, share.rows(at.row0())), row = BEGIN + lane, bytes = at.width() * 32;
+    const u32 full = share.landed(stage, BEGIN / (ROWS / 2));
     if (lane == 0) barrier_expect(full, end > BEGIN ? (end - BEGIN) * bytes : 0);
     __syncwarp();
     if (row < end)
@@ -124,7 +128,6 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (COPYING == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         // Four rows at a time, eight chunks of 16 bytes each.
         const u32 first_row = lane / 8, chunk = lane % 8, rows = share.rows(at.row0());
         const bool valid = chunk < at.width() / 4;
@@ -135,8 +138,9 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
         for (u32 i = 0; i < ROWS; i += 4) {
             if (valid && first_row + i < rows) copy16(to + i * SCALE_FLOATS * 4, from);
             from += 4 * u64(share.blocks);
+            if ((i + 4) % (ROWS / PARTS) == 0) barrier_arrive_copies(share.landed(turn.stage, i / HALF));
         }
-        barrier_arrive_copies(share.full + turn.stage * 8);
+        if (COPYING == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
         turn.next();
     }
 }
@@ -195,7 +199,7 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
             };
             store_float4(to + w * 16, make_float4(scale(0), scale(1), scale(2), scale(3)));
         }
-        barrier_arrive(share.full + turn.stage * 8);
+        barrier_arrive(share.landed(turn.stage, part));
         turn.next();
     }
 }
@@ -231,7 +235,7 @@ DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_bloc
                     store_float(to + (i + j) * 4, plain || i + j >= width ? scale[j] : fmaf(map[code[j]], scale[j], offset));
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(share.full + turn.stage * 8);
+        if (lane < PARTS) barrier_arrive(share.landed(turn.stage, lane));
         turn.next();
     }
 }

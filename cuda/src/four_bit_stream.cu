@@ -97,7 +97,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     __shared__ float map[256];
     __shared__ __align__(16) u8 codes[NESTED ? CODE_STAGES * CODE_STAGE_BYTES : 16];
     __shared__ float own_sums[COLUMNS == 1 ? GROUP * SUM_FLOATS : 1];
-    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    __shared__ __align__(8) u64 barriers[(PARTS + 1) * STAGES];
     extern __shared__ __align__(128) u8 dynamic[];
     let_dependents_start();
 
@@ -121,10 +121,11 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     share.first_tile = (cluster - piece.first) * tiles_per_block;
     share.tiles = min(tiles_per_block, (piece.N + 15) / 16 - share.first_tile);
     share.full = shared_address(barriers);
-    share.empty = share.full + STAGES * 8;
+    share.empty = share.full + PARTS * STAGES * 8;
     share.codes = shared_address(codes);
     share.begin = shared_begin(dynamic);
-    if (COLUMNS == 2 && NESTED) keep(share.empty), keep(share.begin);  // or registers spill that they are made from, again at each use
+    if (COLUMNS == 1 || NESTED) keep(share.begin);
+    if (COLUMNS == 2 && NESTED) keep(share.empty);  // or registers spill that they are made from, again at each use
     const u32 threads = share.warps * WARP;  // that compute
     auto place = [&](u32 at) { return reinterpret_cast<float*>(dynamic + (share.begin + at - shared_address(dynamic))); };
     // A block's part of sums. Of 16 tokens they lie where activations were.
@@ -146,8 +147,9 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
         const bool whole = !NESTED && rows_of_four && reinterpret_cast<u64>(weight.absmax) % 16 == 0;
         if (warp == share.warps) {
             // Of each warp that expects bytes, and of those who bring scales.
-            const u32 arrivals = nested ? 2 + 2 * WARP : whole ? 2 + WARP : 2 + 1;
-            if (lane < STAGES) barrier_init(share.full + lane * 8, arrivals), barrier_init(share.empty + lane * 8, share.warps);
+            const u32 arrivals = 2 / PARTS + (nested ? 2 * WARP / PARTS : whole ? WARP : 1);
+            if (lane < PARTS * STAGES) barrier_init(share.full + lane * 8, arrivals);
+            if (lane < STAGES) barrier_init(share.empty + lane * 8, share.warps);
             barrier_init_fence();
         }
         wait_for_predecessors();
@@ -228,9 +230,10 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 __syncwarp();
                 const bool last = step + 1 == share.steps;
                 if (!last || group + GROUP < share.tiles) copy_activations(last ? 0 : step + 1);
+                auto landed = [&](u32 tile) { barrier_wait(share.landed(turn.stage, tile), turn.parity); };
                 auto stage = [&](auto work) {
-                    barrier_wait(share.full + turn.stage * 8, turn.parity);
-                    if (block < share.last) work(share.stage(turn.stage) + weights_at, share.scales(turn.stage) + scales_at);
+                    landed(0);
+                    work(block < share.last, share.stage(turn.stage) + weights_at, share.scales(turn.stage) + scales_at);
                     __syncwarp();
                     if (lane == 0) barrier_arrive(share.empty + turn.stage * 8);
                     turn.next();
@@ -238,9 +241,21 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
 #pragma unroll
                 for (int a = 0; a < GROUP; a += 2)
                     if (a + 1 < tiles)
-                        stage([&](u32 at, u32 scales) { multiply<2>(sums[a], sums[a + 1], at, scales, b, pairs); });
-                // An odd last tile has its sums at GROUP - 1.
-                if (tiles % 2) stage([&](u32 at, u32 scales) { multiply<1>(sums[GROUP - 1], sums[GROUP - 1], at, scales, b, pairs); });
+                        stage([&](bool mine, u32 at, u32 scales) {
+                            if (PARTS == 1) {
+                                if (mine) multiply<2>(sums[a], sums[a + 1], at, scales, b, pairs);
+                                return;
+                            }
+                            if (mine) multiply<1>(sums[a], sums[a], at, scales, b, pairs);
+                            landed(1);
+                            if (mine) multiply<1>(sums[a + 1], sums[a + 1], at + 16 * ROW_BYTES, scales + 16 * SCALE_FLOATS * 4, b, pairs);
+                        });
+                // An odd last tile has its sums at GROUP - 1. (Nothing lands for the second then, but its barrier takes its turn.)
+                if (tiles % 2)
+                    stage([&](bool mine, u32 at, u32 scales) {
+                        if (mine) multiply<1>(sums[GROUP - 1], sums[GROUP - 1], at, scales, b, pairs);
+                        if (PARTS == 2) landed(1);
+                    });
             }
 
             // Sums of the warps, in order: COUNT tiles from tile `from` of the group on, by way of shared memory at `at`.
