@@ -124,8 +124,9 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
     share.empty = share.full + PARTS * STAGES * 8;
     share.codes = shared_address(codes);
     share.begin = shared_begin(dynamic);
+    // Or registers spill that they are made from, again at each use.
     if (COLUMNS == 1 || NESTED) keep(share.begin);
-    if (COLUMNS == 2 && NESTED) keep(share.empty);  // or registers spill that they are made from, again at each use
+    if (COLUMNS == 2 && NESTED) keep(share.empty);
     const u32 threads = share.warps * WARP;  // that compute
     auto place = [&](u32 at) { return reinterpret_cast<float*>(dynamic + (share.begin + at - shared_address(dynamic))); };
     // A block's part of sums. Of 16 tokens they lie where activations were.
@@ -233,7 +234,11 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 auto landed = [&](u32 tile) { barrier_wait(share.landed(turn.stage, tile), turn.parity); };
                 auto stage = [&](auto work) {
                     landed(0);
-                    work(block < share.last, share.stage(turn.stage) + weights_at, share.scales(turn.stage) + scales_at);
+                    const bool mine = block < share.last;  // or this warp only waits
+                    if (PARTS == 2 || mine) {
+                        const u32 at = share.stage(turn.stage);
+                        work(mine, at + weights_at, at + ROWS * ROW_BYTES + scales_at);
+                    }
                     __syncwarp();
                     if (lane == 0) barrier_arrive(share.empty + turn.stage * 8);
                     turn.next();
@@ -242,10 +247,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 for (int a = 0; a < GROUP; a += 2)
                     if (a + 1 < tiles)
                         stage([&](bool mine, u32 at, u32 scales) {
-                            if (PARTS == 1) {
-                                if (mine) multiply<2>(sums[a], sums[a + 1], at, scales, b, pairs);
-                                return;
-                            }
+                            if (PARTS == 1) return multiply<2>(sums[a], sums[a + 1], at, scales, b, pairs);
                             if (mine) multiply<1>(sums[a], sums[a], at, scales, b, pairs);
                             landed(1);
                             if (mine) multiply<1>(sums[a + 1], sums[a + 1], at + 16 * ROW_BYTES, scales + 16 * SCALE_FLOATS * 4, b, pairs);
@@ -253,7 +255,7 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                 // An odd last tile has its sums at GROUP - 1. (Nothing lands for the second then, but its barrier takes its turn.)
                 if (tiles % 2)
                     stage([&](bool mine, u32 at, u32 scales) {
-                        if (mine) multiply<1>(sums[GROUP - 1], sums[GROUP - 1], at, scales, b, pairs);
+                        if (PARTS == 1 || mine) multiply<1>(sums[GROUP - 1], sums[GROUP - 1], at, scales, b, pairs);
                         if (PARTS == 2) landed(1);
                     });
             }
