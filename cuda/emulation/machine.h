@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -43,6 +44,7 @@ struct Weather {
 void run(const Launch& launch, const Weather& weather, const std::function<void()>& kernel);
 
 [[noreturn]] void fail(const char* why);
+inline std::vector<const u8*> fetched;  // what the L2 was asked for
 void maybe_yield();  // somebody else's turn
 u32 thread();
 u32 threads();

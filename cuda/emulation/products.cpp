@@ -155,9 +155,21 @@ int main(int count, char** arguments) {
         first += ((matrices[i].n + 15) / 16 + tiles - 1) / tiles;
     }
     launch.blocks_x = first * launch.cluster;
+    // What it is told to fetch for the next launch, in matmul_next.rs's words: of some rows the begin, of some all.
+    Next next{};
+    std::vector<const u8*> expected;
+    for (u32 i = 0; i < seed % 3; ++i) {
+        NextRows& some = next.list[i];
+        some = {reinterpret_cast<const u8*>(x) + i, 1 + seed % 71 * (i + 1), 64u << seed % 6, 32 * (1 + seed % (2u << seed % 6)), 0};
+        while (128u << some.log2_lanes < some.bytes && some.log2_lanes < 5) ++some.log2_lanes;
+        for (u32 row = 0; row < some.rows; ++row)
+            for (u32 at = 0; at < some.bytes; at += 128) expected.push_back(some.base + u64(row) * some.stride + at);
+    }
     machine::run(launch, weather, [&] {
-        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, u32(matrices.size()), pieces);
+        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, u32(matrices.size()), pieces, next);
     });
+    std::sort(expected.begin(), expected.end()), std::sort(machine::fetched.begin(), machine::fetched.end());
+    if (expected != machine::fetched) machine::fail("not what was to be fetched for the next launch");
 #else
     Problem problem{};
     fill(problem, matrices[0]);

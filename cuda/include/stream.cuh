@@ -60,6 +60,32 @@ struct Weight {
     const float* offset;  // fp32 [1]
 };
 
+// What the launch that is expected next reads first: the first `bytes` of each of `rows` rows, which are `stride` bytes apart. A row is for
+// 2^log2_lanes lanes.
+struct NextRows {
+    const u8* base;
+    u32 rows, stride, bytes, log2_lanes;
+};
+struct Next {
+    NextRows list[2];  // of packed weights and of scales
+};
+
+// Asks the L2 for this block's share of it, by its warp `part` of those that serve: the rows that the block of this number will have if the next
+// grid is as large, because each half of the L2 is near to one half of the multiprocessors.
+DEVICE void fetch_for_next(const Next& next, u32 part, u32 lane) {
+    constexpr u32 LINE = 128;
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+        const NextRows& some = next.list[i];
+        const u32 lanes = 1u << some.log2_lanes, at_a_time = WARP >> some.log2_lanes, column = lane & (lanes - 1);
+        const u32 each = (some.rows + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each, end = min(first + each, some.rows);
+#pragma unroll 1
+        for (u32 row = first + part * at_a_time + (lane >> some.log2_lanes); row < end; row += SERVING * at_a_time)
+#pragma unroll 1
+            for (u32 at = column * LINE; at < some.bytes; at += lanes * LINE) fetch_into_l2(some.base + u64(row) * some.stride + at);
+    }
+}
+
 // A ring's place and the parity of its turn.
 struct Turn {
     u32 stage = 0, parity = 0;

@@ -27,6 +27,9 @@
 //
 // Programmatic dependent launch: the table is made before the kernel waits for the one ahead of it.
 //
+// While the last stages are worked on, and from then to the next launch of this kind, nothing would be read from memory: the warps that serve ask
+// the L2 for what that launch reads first, where the caller has said what it will be (`next`).
+//
 // Shared memory, by address: static; activations of tokens 8 to 15; the first stage of the ring; from 64 K on the pair table, in whose gaps
 // those of tokens 0 to 7 lie (a gap has a token's 64 of a block); sums of a round; the other stages.
 // Bytes: N·K / 2 + scales + 2·M·K (from the L2) a block and group + 2·M·N.
@@ -93,7 +96,8 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
                        float ungain,         // what the sums are multiplied with: 1 / the gain of the values
                        u32 tiles_per_block,  // tiles of 16 rows that a block (a cluster, if K is split) owns; ≤ 8 in a cluster
                        u32 pieces,           // ≤ MOST_PIECES; all their scales are nested or none are
-                       const __grid_constant__ Pieces all) {
+                       const __grid_constant__ Pieces all,
+                       const __grid_constant__ Next next) {
     __shared__ float map[256];
     __shared__ __align__(16) u8 codes[NESTED ? CODE_STAGES * CODE_STAGE_BYTES : 16];
     __shared__ float own_sums[COLUMNS == 1 ? GROUP * SUM_FLOATS : 1];
@@ -168,6 +172,8 @@ KERNEL __launch_bounds__((MOST_WARPS + SERVING) * WARP, 1)
             __syncwarp();
             serve_scales(share, weight, log2_block, nested_shift, map, lane);
         }
+        // All that this launch reads has been asked for.
+        fetch_for_next(next, part, lane);
     } else {
         if (COLUMNS == 2) more_registers<TAKEN>();
         const u32 g = lane / 4, t = lane % 4;

@@ -19,6 +19,7 @@ from halfbyte._grouped import matmul_4bit_experts, matmul_4bit_group
 from halfbyte._int8 import MatmulLtState, matmul
 from halfbyte._matmul import matmul_4bit
 from halfbyte._model import quantize_model
+from halfbyte._next import prefetch_linears
 from halfbyte.quant_state import QuantState
 
 __version__: str = _native.build_info()["version"]
@@ -38,6 +39,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "prefetch_linears",
     "quantize_model",
     "replace_bitsandbytes",
     "unfuse_linears",

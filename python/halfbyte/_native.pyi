@@ -4,7 +4,7 @@ CPU or CUDA is chosen by where the tensors live; CUDA work goes to torch's curre
 checked before anything is written; errors are those of :mod:`halfbyte.errors`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def matmul_4bit(
 ) -> bool:
     """Write ``x @ w.T + bias`` to `out`. False, and nothing written, where a dense product is the better way."""
 
+def read_next_4bit(packed: int, following: Sequence[tuple[int, int, int]] | None, most: int) -> None: ...
 def matmul_4bit_large(
     x: Any,
     packed: Any,

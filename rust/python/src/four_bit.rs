@@ -381,6 +381,15 @@ pub(crate) fn matmul_4bit_large(
     .map_err(raise)
 }
 
+/// What products with the weight at `packed` fetch for the one after them, at most `most` bytes: (address, rows, bytes of a row) of its packed
+/// weights and of its scales. None forgets it.
+#[cfg(feature = "cuda")]
+#[pyfunction]
+pub(crate) fn read_next_4bit(packed: u64, following: Option<[(u64, usize, usize); 2]>, most: usize) -> PyResult<()> {
+    let read = |(address, rows, row_bytes)| four_bit::cuda::NextRead { address, rows, row_bytes };
+    four_bit::cuda::read_next(packed, following.map(|tensors| tensors.map(read)), most).map_err(raise)
+}
+
 /// (M, N, K) of `x` [..., K] and `out` [..., N].
 pub(crate) fn product_shape(x: &TensorRef, out: &TensorRef) -> Result<(usize, usize, usize), Error> {
     let (Some((&k, rows)), Some((&n, out_rows))) = (x.shape().split_last(), out.shape().split_last()) else {

@@ -31,11 +31,11 @@ mod _native {
     use super::eager_int8::eager_linear_int8;
     #[pymodule_export]
     use super::eight_bit::{dequantize_blockwise, dynamic_map, quantize_blockwise};
-    #[cfg(feature = "cuda")]
-    #[pymodule_export]
-    use super::four_bit::matmul_4bit_large;
     #[pymodule_export]
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::four_bit::{matmul_4bit_large, read_next_4bit};
     #[pymodule_export]
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]

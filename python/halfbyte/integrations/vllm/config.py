@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from halfbyte import ops
 from halfbyte._model import skip_pattern
+from halfbyte._next import Order
 from halfbyte._tables import QUANT_TYPES
 from halfbyte.errors import ArgumentError
 from halfbyte.integrations.vllm.packed import Format
@@ -79,6 +80,7 @@ class HalfbyteConfig(QuantizationConfig):  # type: ignore[misc]
         self.skip = list(skip or ())
         self.experts = experts
         self.threshold = threshold
+        self.order = Order()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.form}, double_quant={self.double_quant}, skip={self.skip})"

@@ -48,10 +48,17 @@ class HalfbyteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         attributes = {**extra_weight_attrs, "input_dim": 1, "output_dim": 0}
         self.storage = Storage(layer, "weight", where, shape, params_dtype, self.config, cut, load, attributes)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:  # noqa: ARG002
-        """Put codes and scales into the layer; what a checkpoint said of its format is known now."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Put codes and scales into the layer; what a checkpoint said of its format is known now.
+
+        vLLM goes through layers in the order of their definition, which is the one in which decoders run them.
+        """
         self.storage.finish()
         self.shape, self.form = self.storage.shape, self.storage.form
+        if self.form.is_int8:
+            self.config.order.end()
+        else:
+            self.config.order.add(layer.weight, layer.weight_scales, self.shape[0])
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias``, ``[..., N]`` of x's dtype."""

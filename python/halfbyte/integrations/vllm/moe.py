@@ -64,6 +64,7 @@ class HalfbyteMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Put codes and scales into the layer; what a checkpoint said of its format is known now."""
         for storage in self.storages.values():
             storage.finish()
+        self.config.order.end()  # experts take long, and which are next is not known
         self.activation_options = self._activation_options()
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:  # noqa: ARG002

@@ -6,6 +6,7 @@ use crate::element::Dtype;
 use crate::error::Result;
 
 use super::group::{GroupPiece, MATMUL_GROUP_MOST as MOST_PIECES};
+use super::matmul_next::next_of;
 use super::matmul_small::mma_values;
 
 /// Most rows of activations.
@@ -66,13 +67,15 @@ pub(super) unsafe fn launch(
         first += plan.clusters(piece.n);
     }
     let arguments = Arguments::default().u64(x).u32(m as u32).u32(k as u32).u32(block.trailing_zeros()).u32(shift);
-    let mut arguments = values
+    let arguments = values
         .into_iter()
         .fold(arguments, Arguments::u64)
         .u32((1.0 / gain).to_bits())
         .u32(plan.tiles)
         .u32(pieces.len() as u32)
         .block(&table);
+    // What comes after several weights is said of the last one.
+    let mut arguments = arguments.block(&next_of(pieces.last().map_or(0, |piece| piece.packed)));
     let kernel = &STREAM[dtype_index(dtype)][usize::from(m > COLUMN)][usize::from(nested)];
     // SAFETY: the arguments are those of `matmul_4bit_stream`; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, plan.launch, &mut arguments) }

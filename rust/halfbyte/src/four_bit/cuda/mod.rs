@@ -5,6 +5,7 @@ mod experts;
 mod group;
 mod matmul;
 mod matmul_large;
+mod matmul_next;
 mod matmul_small;
 mod matmul_stream;
 mod matmul_wgmma;
@@ -15,6 +16,7 @@ pub use experts::{clear_rows, matmul_experts, route_experts};
 pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
 pub use matmul::{fused, matmul, matmul_by_large};
 pub use matmul_large::LargeChoice;
+pub use matmul_next::{NextRead, read_next};
 pub use search::{encode, quantize_search};
 
 use crate::codebook::Kind;
