@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte import _native
+from halfbyte import _native, optim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -242,6 +242,15 @@ def optimizers(dtype: torch.dtype) -> None:
                 plan.step(1e-3, weight_decay=0.1, max_unorm=0.1, beta3=0.9, alpha=1.0, grads=given, **chance)
             _native.optim_grad_norm([plan, plan], total, [grads, grads])
             total.item()
+    # States that lie in managed memory, with tiles and without.
+    for kind in (optim.PagedAdamW8bit, optim.PagedLion8bit, optim.PagedAdEMAMix8bit, optim.PagedAdamW32bit):
+        weights = [torch.nn.Parameter(torch.randn(n, device="cuda").to(dtype)) for n in ((1 << 20) + 700, 150_001)]
+        optimizer = kind(weights, lr=1e-3)
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        torch.cuda.synchronize()
 
 
 PARTS: dict[str, Callable[[torch.dtype], None]] = {
