@@ -167,12 +167,18 @@ MISTAKES = {
         "                named_barrier(1, threads);\n                for (u32 i = threadIdx.x; i < min(COUNT",
         "                for (u32 i = threadIdx.x; i < min(COUNT",
     ),
-    "a barrier counts too few": ("stream f16", "whole ? 2 + WARP", "whole ? 1 + WARP"),
+    "a barrier counts too few": ("stream f16", "whole ? WARP", "whole ? WARP - 1"),
     "a barrier of codes counts too few": (
         "stream nested f16",
-        "nested ? 2 + 2 * WARP",
-        "nested ? 1 + 2 * WARP",
+        "nested ? 2 * WARP / PARTS",
+        "nested ? 2 * WARP / PARTS - 1",
     ),
+    "a stage's second tile is not waited for": (
+        "stream bf16",
+        "                            landed(1);\n",
+        "",
+    ),
+    "what the next launch reads is fetched in part": ("stream bf16", "row += SERVING * at_a_time", "row += WARP * at_a_time"),
     "x is overwritten while it is read": (
         "stream nested f16 16",
         "                }\n                __syncwarp();\n                const bool last",

@@ -160,7 +160,7 @@ int main(int count, char** arguments) {
     std::vector<const u8*> expected;
     for (u32 i = 0; i < seed % 3; ++i) {
         NextRows& some = next.list[i];
-        some = {reinterpret_cast<const u8*>(x) + i, 1 + seed % 71 * (i + 1), 64u << seed % 6, 32 * (1 + seed % (2u << seed % 6)), 0};
+        some = {reinterpret_cast<const u8*>(x) + i, 1 + seed * 37 % 71 * (i + 1), 64u << seed % 6, 32 * (1 + seed % (2u << seed % 6)), 0};
         while (128u << some.log2_lanes < some.bytes && some.log2_lanes < 5) ++some.log2_lanes;
         for (u32 row = 0; row < some.rows; ++row)
             for (u32 at = 0; at < some.bytes; at += 128) expected.push_back(some.base + u64(row) * some.stride + at);

@@ -2,15 +2,6 @@
 #pragma once
 #include "hopper.cuh"
 
-// What all lanes have in common, so that the compiler sees it: an operand of these copies is a warp's, not a lane's.
-DEVICE u32 of_warp(u32 value) { return __shfl_sync(~0u, value, 0); }
-// True in one lane of a warp that is together.
-DEVICE bool elect_one() {
-    u32 one;
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
-    return one != 0;
-}
-
 DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
                  "r"(barrier)

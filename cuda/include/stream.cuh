@@ -15,9 +15,10 @@ constexpr u32 COPYING = SERVING / 2;                        // of which so many 
 constexpr u32 GIVEN = 56, TAKEN = 152;
 static_assert(SERVING * GIVEN + MOST_WARPS * TAKEN <= (SERVING + MOST_WARPS) * 128 || COLUMNS == 1);
 constexpr u32 STAGES = COLUMNS == 1 ? 3 : 4;
-constexpr u32 PARTS = COLUMNS == 1 ? 2 : 1;        // of a stage that are waited for one after the other: its tiles, where arithmetic is not what binds
 constexpr u32 SLICE = 2;                           // blocks of 64 that a warp has of a stage
-constexpr u32 ROWS = 32;                           // of a stage: two tiles
+constexpr u32 ROWS = 32, HALF = ROWS / 2;          // of a stage: two tiles, and one
+// Parts of a stage that are waited for one after the other: its tiles, or (two columns) both together, so that more goes on at a time.
+constexpr u32 PARTS = COLUMNS == 1 ? 2 : 1;
 constexpr u32 GROUP = 8;                           // tiles whose sums are in registers at a time
 constexpr u32 ROUND = 2 / COLUMNS;                 // tiles whose sums are added at a time while the ring is in use
 constexpr u32 SUM_FLOATS = COLUMNS * TILE_FLOATS;  // of a tile
@@ -127,28 +128,17 @@ struct Walk {
     }
 };
 
-// Copies rows [BEGIN, END) of a stage's weights in bulk, up to 1 KB of each. Addresses of such a copy are a warp's, not a lane's: where each lane has
-// its own, the compiler makes a loop over lanes of about 60 cycles a copy. So where there are as many rows as there can be, one lane issues them
-// all, and addresses are made from what the compiler sees to be the same in all lanes: 16 copies by 220 instructions.
+// Copies rows [BEGIN, END) of a stage's weights in bulk, a lane a row, up to 1 KB. A warp issues such copies one by one, about 60 cycles each:
+// all 32 rows would take it as long as the others take for the stage, so those that serve share them. (16 copies without a loop, by one lane
+// with addresses in uniform registers, are 4 to 8 instructions each, and no faster on the whole: NOTES.)
 template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const Weight& weight, u32 stage, const Walk& at, u32 lane) {
     const u32 end = min(END, share.rows(at.row0())), row = BEGIN + lane, bytes = at.width() * 32;
-    const u32 full = share.landed(stage, BEGIN / (ROWS / 2));
+    const u32 full = share.landed(stage, BEGIN / HALF);
     if (lane == 0) barrier_expect(full, end > BEGIN ? (end - BEGIN) * bytes : 0);
     __syncwarp();
-    if (end == END) {
-        const u32 to = of_warp(share.stage(stage) + BEGIN * ROW_BYTES), stride = of_warp(share.blocks * 32);
-        const u64 begin = reinterpret_cast<u64>(weight.packed) + u64(at.row0() + BEGIN) * stride + at.block() * 32;
-        const u64 from = u64(of_warp(u32(begin >> 32))) << 32 | of_warp(u32(begin));
-        const u32 size = of_warp(bytes), barrier = of_warp(full);
-        if (elect_one()) {
-#pragma unroll
-            for (u32 r = 0; r < END - BEGIN; ++r) bulk_load(to + r * ROW_BYTES, reinterpret_cast<const u8*>(from + u64(r) * stride), size, barrier);
-        }
-        __syncwarp();
-    } else if (row < end)
+    if (row < end)
         bulk_load(share.stage(stage) + row * ROW_BYTES, weight.packed + u64(at.row0() + row) * share.blocks * 32 + at.block() * 32, bytes, full);
 }
-constexpr u32 HALF = ROWS / 2;
 
 template <u32 BEGIN> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;

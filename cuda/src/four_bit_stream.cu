@@ -15,11 +15,12 @@
 //                                                                 activations of a step in registers for all tiles
 //
 // so that memory is read 1 KB (or 768 bytes) of a row at a time. Two more warps serve, four where scales are nested (stream.cuh): they
-// fill a ring of 3 such stages, weights by a copy in bulk for each row, with a full and an empty barrier a stage, and see to the scales.
+// fill a ring of 3 such stages, weights by a copy in bulk for each row, with an empty barrier a stage and a full one for each of its tiles (so that
+// the first tile of all is begun, and the last one ended, half a stage sooner), and see to the scales.
 // Activations of the next step come by way of shared memory while this one is worked on.
 //
 // For 9 to 16 tokens the same, with two columns of 8: 64 sums a thread and 32 registers of activations. Twelve warps compute, with 152
-// registers, which they have from four that serve, and the ring has 4 stages of 24 KB.
+// registers, which they have from four that serve, and the ring has 4 stages of 24 KB with one full barrier each.
 //
 // Sums stay in registers along K; then the warps' are added through shared memory in fixed order. Where activations would weigh as
 // much as weights (few tiles a block, long K), two blocks of a cluster split K between them and add their sums over distributed

@@ -4,9 +4,6 @@
 
 #include "hopper.cuh"
 
-inline u32 of_warp(u32 value) { return __shfl_sync(~0u, value, 0); }
-inline bool elect_one() { return machine::thread() % 32 == 0; }
-
 inline void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
     if (to % 16 || u64(from) % 16 || bytes % 16 || bytes == 0) machine::fail("a copy in bulk is misaligned");
     std::memset(machine::place(to, bytes), 0xff, bytes);  // NaN until it has landed
