@@ -19,7 +19,9 @@ TILED, PAGED, GROUP_HAS_TILES = 1 << 8, 1 << 9, 1 << 33
 DIRECT, TILES, PAGED_TILES = 0, TILED, TILED | PAGED  # the ways that a parameter may go
 
 driver = ctypes.CDLL(sys.argv[1])
-driver.driver_request.restype = driver.driver_questions.restype = ctypes.c_uint64
+for count in (driver.driver_request, driver.driver_questions, driver.driver_counts, driver.driver_fetches):
+    count.restype = ctypes.c_uint64
+driver.driver_leave.argtypes = [ctypes.c_size_t]
 driver.driver_manage.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
 
 
@@ -178,6 +180,32 @@ def asked() -> None:
             assert driver.driver_questions() == before
 
 
+def short() -> None:
+    """Where paged states are, the driver says now and then how much memory is left; if it is little, they are fetched at each step."""
+    params = parameters(200_000, 300_000)
+    optimizer = optim.AdamW8bit(params)
+    optimizer.step()
+    assert driver.driver_counts() == 0, "no state is paged"
+    for param in params:
+        for key in ("state1", "state2"):
+            optimizer.state[param][key] = optimizer.state[param][key].clone()
+            optimizer.state[param][key].is_paged = True
+    asked = driver.driver_counts()
+    for _ in range(16):
+        optimizer.step()
+    assert (driver.driver_counts() - asked, driver.driver_fetches()) == (1, 0)
+    driver.driver_leave(1 << 30)
+    for step in range(1, 4):
+        optimizer.step()
+        assert driver.driver_counts() - asked == 1 + step
+        assert driver.driver_fetches() == step * 2 * len(params)
+    driver.driver_leave(1 << 36)
+    for _ in range(12):
+        optimizer.step()
+    assert driver.driver_counts() - asked == 1 + 3 + 1
+    assert driver.driver_fetches() == 3 * 2 * len(params)
+
+
 if __name__ == "__main__":
     pass_for_a_gpus()
-    {case.__name__: case for case in (tiles, managed, paged, kept, asked)}[sys.argv[2]]()
+    {case.__name__: case for case in (tiles, managed, paged, kept, asked, short)}[sys.argv[2]]()

@@ -28,7 +28,7 @@ def driver(tmp_path_factory):
     return library
 
 
-@pytest.mark.parametrize("case", ["tiles", "managed", "paged", "kept", "asked"])
+@pytest.mark.parametrize("case", ["tiles", "managed", "paged", "kept", "asked", "short"])
 def test_steps_on_cuda(driver, case):
     packages = [str(Path(_native.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {

@@ -13,10 +13,14 @@ typedef int Result;
 typedef uint64_t Address;
 
 // What tests ask for.
-static uint64_t request[2], questions;
+static uint64_t request[2], questions, counts, fetches;
+static size_t memory_left = size_t(1) << 37;
 static Address managed_begin, managed_end;
 uint64_t driver_request(int word) { return request[word]; }
 uint64_t driver_questions() { return questions; }
+uint64_t driver_counts() { return counts; }
+uint64_t driver_fetches() { return fetches; }
+void driver_leave(size_t bytes) { memory_left = bytes; }
 void driver_manage(Address begin, Address end) { managed_begin = begin, managed_end = end; }
 
 Result cuInit(unsigned) { return 0; }
@@ -41,7 +45,8 @@ Result cuCtxPushCurrent_v2(void*) { return 0; }
 Result cuCtxPopCurrent_v2(void**) { return 0; }
 Result cuStreamGetCaptureInfo_v2(void*, int* status, uint64_t*, void*, void*, void*) { return *status = 0, 0; }
 Result cuThreadExchangeStreamCaptureMode(int*) { return 0; }
-Result cuMemGetInfo_v2(size_t* left, size_t* total) { return *left = *total = size_t(1) << 37, 0; }
+Result cuMemGetInfo_v2(size_t* left, size_t* total) { return ++counts, *left = memory_left, *total = size_t(1) << 37, 0; }
+Result cuMemPrefetchAsync(Address, size_t, int, void*) { return ++fetches, 0; }
 Result cuGetErrorName(int, const char** name) { return *name = "none", 0; }
 Result cuGetErrorString(int, const char** text) { return *text = "none", 0; }
 Result cuGetProcAddress_v2(const char*, void** function, int, uint64_t, void*) { return *function = nullptr, 500; }

@@ -24,6 +24,29 @@ pub(super) struct Memory {
     captured: Vec<(u64, Buffers)>,
     table: Table,
     entries: Vec<Entry>,
+    left: Left,
+}
+
+/// Whether there is so little memory left on a device that paged states may have left it. The driver takes its time to say, so that it is
+/// asked at the first step, at every [`Left::EACH`]th, and at all that come while there is little: a step that does not know yet has its pages
+/// one by one.
+#[derive(Default)]
+struct Left {
+    steps: u32,
+    is_short: bool,
+}
+
+impl Left {
+    const EACH: u32 = 16;
+
+    fn is_short(&mut self, device: i32) -> Result<bool, Error> {
+        if self.is_short || self.steps.is_multiple_of(Self::EACH) {
+            let (free, total) = memory_left(device)?;
+            self.is_short = free < total / 32;
+        }
+        self.steps = self.steps.wrapping_add(1);
+        Ok(self.is_short)
+    }
 }
 
 #[derive(Default)]
@@ -217,7 +240,7 @@ pub(super) fn step(
     };
     let paged: usize = slots.iter().map(|slot| slot.places.paged).sum();
     // Limited updates need sums over all blocks, and prefetching cannot be captured: there pages come when they are touched.
-    let ahead = paged > 0 && capture == 0 && !rule.has_trust() && is_short(device).map_err(raise)?;
+    let ahead = paged > 0 && capture == 0 && !rule.has_trust() && memory.left.is_short(device).map_err(raise)?;
     let parts = if ahead { parts_of(slots) } else { vec![(0..slots.len(), (0, table.blocks()))] };
     for (members, blocks) in parts {
         if ahead {
@@ -231,12 +254,6 @@ pub(super) fn step(
         count_steps(py, slots, gradients)?;
     }
     Ok(count)
-}
-
-/// Whether there is so little memory left on a device that paged states may have left it.
-fn is_short(device: i32) -> Result<bool, Error> {
-    let (free, total) = memory_left(device)?;
-    Ok(free < total / 32)
 }
 
 /// Neighbouring slots whose paged states together have some hundred megabytes, and their blocks.
