@@ -181,7 +181,7 @@ def asked() -> None:
 
 
 def short() -> None:
-    """Where paged states are, the driver says now and then how much memory is left; if it is little, they are fetched at each step."""
+    """Where states are paged, the driver says now and then what memory is left; if it is little, they are fetched."""
     params = parameters(200_000, 300_000)
     optimizer = optim.AdamW8bit(params)
     optimizer.step()

@@ -178,7 +178,11 @@ MISTAKES = {
         "                            landed(1);\n",
         "",
     ),
-    "what the next launch reads is fetched in part": ("stream bf16", "row += SERVING * at_a_time", "row += WARP * at_a_time"),
+    "what the next launch reads is fetched in part": (
+        "stream bf16",
+        "row += SERVING * at_a_time",
+        "row += WARP * at_a_time",
+    ),
     "x is overwritten while it is read": (
         "stream nested f16 16",
         "                }\n                __syncwarp();\n                const bool last",

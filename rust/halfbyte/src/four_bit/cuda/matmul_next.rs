@@ -135,7 +135,8 @@ mod tests {
     fn hints_are_kept_by_address_until_they_are_forgotten() {
         let (first, second) = (0xabc0_0000_0100, 0xabc0_0000_0200);
         read_next(first, Some([read(10, 300), read(10, 8)]), 4000).unwrap();
-        assert_eq!(next_of(first), [0x1000, 10 | 300 << 32, 300 | 2 << 32, 0x1000, 10 | 8 << 32, 8]);
+        let words = |low: u64, high: u64| low | high << 32;
+        assert_eq!(next_of(first), [0x1000, words(10, 300), words(300, 2), 0x1000, words(10, 8), words(8, 0)]);
         assert_eq!(next_of(second), [0; WORDS]);
         read_next(first, None, 0).unwrap();
         assert_eq!(next_of(first), [0; WORDS]);
