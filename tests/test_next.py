@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +65,16 @@ def test_orders_end_and_do_not_cross_devices(said):
     assert [order.add(weight, weight, 4) for weight in kept[:4]] == [False] * 4
     order.end()
     assert not order.add(kept[4], kept[4], 4)
+    assert not said
+
+
+def test_copies_begin_anew(said):
+    order = _next.Order(most_bytes=7)
+    kept = [Weight(100, 64), Weight(200, 64)]
+    order.add(kept[0], kept[0], 4)
+    for again in (pickle.loads(pickle.dumps(order)), copy.deepcopy(order)):
+        assert again.most_bytes == 7
+        assert not again.add(kept[1], kept[1], 4)
     assert not said
 
 

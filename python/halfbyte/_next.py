@@ -78,6 +78,10 @@ class Order:
         self.most_bytes = most_bytes
         self._last: weakref.ref[Tensor] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies begin anew: vLLM sends its configuration to other processes."""
+        return Order, (self.most_bytes,)
+
     def add(self, packed: Tensor, scales: Tensor, rows: int) -> bool:
         """Let a weight of `rows` rows be fetched by products with the one before it.
 
