@@ -29,7 +29,7 @@ ARGUMENTS = {
     "RMSprop": ({"lr": 3e-4}, {"lr": 3e-4}),
     "Adagrad": ({"lr": 1e-2}, {"lr": 3e-3}),
     "LAMB": ({"lr": 1e-2}, {"lr": 5e-3}),
-    "LARS": ({"lr": 1.0, "momentum": 0.9}, {"lr": 0.3, "momentum": 0.9}),
+    "LARS": ({"lr": 0.5, "momentum": 0.9}, {"lr": 0.3, "momentum": 0.9}),
 }
 
 
