@@ -4,7 +4,7 @@
 //! read next to nothing. Who knows the order says it here once; the streaming kernel then asks the L2 for the begin of the next weights while it
 //! ends. Nothing else changes: a hint that is wrong costs time, never a result.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -37,7 +37,11 @@ struct NextRows {
 
 type Hint = [NextRows; TENSORS];
 
-static HINTS: RwLock<Option<HashMap<Pointer, Box<Hint>>>> = RwLock::new(None);
+/// `Next` of the kernel, in 64-bit words: what a launch is given.
+type Words = [u64; WORDS];
+const WORDS: usize = 3 * TENSORS;
+
+static HINTS: RwLock<BTreeMap<Pointer, Words>> = RwLock::new(BTreeMap::new());
 /// Whether there are any: most processes have none, and their launches do not look.
 static ANY: AtomicBool = AtomicBool::new(false);
 
@@ -51,12 +55,11 @@ static ANY: AtomicBool = AtomicBool::new(false);
 pub fn read_next(packed: Pointer, next: Option<[NextRead; TENSORS]>, most: usize) -> Result<()> {
     let hint = next.map(|next| hint(&next, most)).transpose()?.flatten();
     let mut hints = HINTS.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let map = hints.get_or_insert_default();
     match hint {
-        Some(hint) => drop(map.insert(packed, Box::new(hint))),
-        None => drop(map.remove(&packed)),
-    }
-    ANY.store(!map.is_empty(), Ordering::Release);
+        Some(hint) => hints.insert(packed, words_of(&hint)),
+        None => hints.remove(&packed),
+    };
+    ANY.store(!hints.is_empty(), Ordering::Release);
     Ok(())
 }
 
@@ -79,23 +82,23 @@ fn hint(next: &[NextRead; TENSORS], most: usize) -> Result<Option<Hint>> {
     Ok((hint != Hint::default()).then_some(hint))
 }
 
-/// Words of `Next` of the kernel.
-const WORDS: usize = 3 * TENSORS;
-
-/// `Next` of a launch that is a product with the weight at `packed`.
-pub(super) fn next_of(packed: Pointer) -> [u64; WORDS] {
+fn words_of(hint: &Hint) -> Words {
     let mut words = [0; WORDS];
-    if ANY.load(Ordering::Acquire) {
-        let hints = HINTS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(hint) = hints.as_ref().and_then(|map| map.get(&packed)) {
-            for (words, rows) in words.chunks_exact_mut(3).zip(hint.iter()) {
-                words[0] = rows.address;
-                words[1] = u64::from(rows.rows) | u64::from(rows.stride) << 32;
-                words[2] = u64::from(rows.bytes) | u64::from(rows.log2_lanes) << 32;
-            }
-        }
+    for (words, rows) in words.chunks_exact_mut(3).zip(hint) {
+        words[0] = rows.address;
+        words[1] = u64::from(rows.rows) | u64::from(rows.stride) << 32;
+        words[2] = u64::from(rows.bytes) | u64::from(rows.log2_lanes) << 32;
     }
     words
+}
+
+/// `Next` of a launch that is a product with the weight at `packed`; zeros for nothing.
+pub(super) fn next_of(packed: Pointer) -> Words {
+    if !ANY.load(Ordering::Acquire) {
+        return [0; WORDS];
+    }
+    let hints = HINTS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    hints.get(&packed).copied().unwrap_or_default()
 }
 
 #[cfg(test)]
