@@ -80,7 +80,7 @@ FAMILIES += [
         f"four_bit_wgmma_{name}_m{tokens}", "four_bit_wgmma.cu", ("90a",), {"ELEMENT": element, "TOKENS": str(tokens)}
     )
     for name, element in ELEMENTS.items()
-    for tokens in (32, 64, 128)
+    for tokens in (32, 64)
 ]
 FAMILIES += [
     Family(

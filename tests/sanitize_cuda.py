@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 2
+    # Memory for sums and flags of products may hold anything; here it has been written, for initcheck.
+    torch.zeros(1 << 24, device="cuda")
     for part in parts or PARTS:
         start = time.perf_counter()
         for dtype in DTYPES:
@@ -123,9 +125,9 @@ def products(dtype: torch.dtype, code: torch.Tensor) -> None:
         _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
         _native.matmul_4bit(x, packed, codes, y, "nf4", block, None, nested, code, offset)
         if k % 64 == 0 and m >= 30 and dtype != torch.float32:  # the kernel for many rows, where the GPU has it
-            for tokens, split in ((128, 1), (128, 2), (256, 1), (256, 2)):
-                if split == 1 or k > 256:
-                    form = {"tokens": tokens, "split": split}
+            for tokens, blocks in ((128, 1), (128, 3), (256, 1), (256, 3)):
+                if blocks <= -(-m // tokens) * -(-n // 128) * -(-k // 256):
+                    form = {"tokens": tokens, "blocks": blocks}
                     _native.matmul_4bit_large(x, packed, absmax, y, "nf4", block, bias, **form)
                     _native.matmul_4bit_large(x, packed, codes, y, "nf4", block, None, nested, code, offset, **form)
         y.cpu()

@@ -14,8 +14,8 @@ from halfbyte.functional import dequantize_4bit, quantize_4bit
 
 pytestmark = pytest.mark.gpu
 
-# Tokens of a tile, blocks that share a tile along K.
-FORMS: list[tuple[int, int]] = [(tokens, split) for tokens in (128, 256) for split in (1, 2, 4)]
+# Tokens of a tile, blocks that have the tiles; 0 where it is as the plan has it.
+FORMS: list[tuple[int, int]] = [(tokens, blocks) for tokens in (128, 256) for blocks in (0, 1, 5, 132)]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,10 @@ def product(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    n = state.shape[0]
+    n, k = state.shape
+    tokens, blocks = form
+    if tokens and blocks:  # no more than there are stages of 256 along K
+        form = (tokens, min(blocks, -(-n // 128) * -(-x.shape[0] // tokens) * -(-k // 256)))
     out = torch.full((x.shape[0], n), float("nan"), device="cuda", dtype=x.dtype) if out is None else out
     absmax, nested = statistics(state, x.device)
     done = _native.matmul_4bit_large(x, packed, absmax, out, state.quant_type, state.blocksize, bias, *nested, *form)

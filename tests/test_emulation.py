@@ -47,7 +47,6 @@ KERNELS = {
     "wgmma bf16 32": Kernel("WGMMA", "Bf16", 32),
     "wgmma f16 32": Kernel("WGMMA", "F16", 32),
     "wgmma bf16 64": Kernel("WGMMA", "Bf16", 64),
-    "wgmma bf16 128": Kernel("WGMMA", "Bf16", 128),
     "large bf16 128": Kernel("LARGE", "Bf16", 128),
     "large f16 256": Kernel("LARGE", "F16", 256),
     "large bf16 256": Kernel("LARGE", "Bf16", 256),
@@ -96,19 +95,23 @@ def mma(draw, kernel, m, k):
 
 def wgmma(draw, kernel, m, k):
     n = draw.choice([1, 8, 100, 128, 130, 256, 300])
-    rows = draw.choice([128, 256]) if kernel.tokens == 64 else 128
-    cluster = draw.choice([c for c in (1, 1, 2, 3, 4) if c <= ceil(k / 256)])
-    blocks = {"blocks_x": ceil(n / rows) * cluster, "blocks_y": ceil(m / kernel.tokens)}
-    sizes = {"threads": 640, "registers": 96} if kernel.tokens <= 32 else {"threads": 384, "registers": 168}
-    return {"n": [n], "rows": rows, "cluster": cluster, "shared": 223 * KB, **blocks, **sizes}
+    rows = draw.choice([128, 192])
+    blocks = split(draw, ceil(n / rows) * ceil(m / kernel.tokens), ceil(k / 256))
+    sizes = {"threads": 512, "registers": 128} if rows == 192 else {"threads": 384, "registers": 168}
+    return {"n": [n], "rows": rows, "shared": 223 * KB, **blocks, **sizes}
 
 
 def large(draw, kernel, m, k):
     n = draw.choice([7, 100, 128, 136, 200, 300])
-    cluster = draw.choice([c for c in (1, 1, 2, 4) if c <= ceil(k / 256)])
     tiles = ceil(n / 128) * ceil(m / kernel.tokens)
-    blocks = min(tiles, draw.choice([1, 2, 3])) if cluster == 1 else tiles * cluster
-    return {"n": [n], "cluster": cluster, "blocks_x": blocks, "group": draw.choice([1, 2, 8]), "shared": 223 * KB}
+    return {"n": [n], "group": draw.choice([1, 2, 8]), "shared": 223 * KB, **split(draw, tiles, ceil(k / 256))}
+
+
+def split(draw, tiles, stages):
+    """Blocks, and how many of the tiles they share along K; as ``split.cuh`` has it."""
+    blocks = draw.choice([1, 2, 3, 4, 5, 7])
+    line = draw.choice([0, tiles, max(tiles - blocks, 0)])
+    return {"blocks_x": min(blocks, line * stages if line else tiles), "line": line}
 
 
 def settings(kernel, seed, blocks):
@@ -193,8 +196,8 @@ MISTAKES = {
         "if (u % PER_X == 0) barrier_wait(x_full + x_turn.stage * 8, x_turn.parity);",
         "",
     ),
-    "sums are read before the MMA is done": ("wgmma bf16 128", "mma_wait<0>(), complete(u);", "complete(u);"),
-    "more registers are taken than there are": ("wgmma f16 32", "? 104 : 224;", "? 112 : 224;"),
+    "sums are read before the MMA is done": ("wgmma bf16 64", "mma_wait<0>(), complete(u);", "complete(u);"),
+    "more registers are taken than there are": ("wgmma f16 32", "? 144 : 224;", "? 160 : 224;"),
     "weights are released while they are read": (
         "wgmma bf16 64",
         "                        decode(a[(u + 1) % 2], u + 1);\n",
@@ -209,11 +212,12 @@ MISTAKES = {
         "const u32 to = share.packed(turn.stage, row) + piece * 16;",
     ),
     "x is given back while it is read": ("large bf16 128", "                mma_wait<1>();\n", ""),
-    "a block leaves while its sums are read": (
+    "sums of a block are left out": (
         "wgmma bf16 32",
-        "    }\n    if (ranks > 1) cluster_arrive(), cluster_wait();\n}",
-        "    }\n}",
+        "for (u32 i = first; i < blockIdx.x; ++i) {",
+        "for (u32 i = first + 1; i < blockIdx.x; ++i) {",
     ),
+    "a flag is left raised": ("large bf16 128", "            split.flags[i] = 0;\n", ""),
 }
 
 

@@ -261,6 +261,7 @@ void maybe_yield() {
     until_yield = 1 + chance(150);
     leave();
 }
+void wait_a_turn() { leave(); }
 u32 thread() { return now->thread; }
 u32 threads() { return launch.threads; }
 u32 block_x() { return now->block->x; }

@@ -46,6 +46,7 @@ void run(const Launch& launch, const Weather& weather, const std::function<void(
 [[noreturn]] void fail(const char* why);
 inline std::vector<const u8*> fetched;  // what the L2 was asked for
 void maybe_yield();  // somebody else's turn
+void wait_a_turn();
 u32 thread();
 u32 threads();
 u32 block_x();
@@ -158,6 +159,8 @@ inline u32 __ffs(u32 bits) { return u32(__builtin_ffs(i32(bits))); }
 inline void __syncwarp() { machine::sync_warp(); }
 inline void __syncthreads() { machine::named_barrier(0, machine::threads(), true); }
 template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stcg(T* p, T value) { *p = value; }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 both = u64(b) << 32 | a;
     u32 result = 0;

@@ -97,6 +97,20 @@ private:
     u32 shift;
 };
 
+#if defined(WGMMA) || defined(LARGE)
+// Scratch memory for tiles that blocks share, full of anything.
+Split split_of(u32 blocks, u32 numbers, u32 shared) {
+    Split split{guarded<float>(size_t(blocks) * numbers), guarded<u64>(blocks), 0x123456789abcdef, shared, 0};
+    for (size_t i = 0; i < size_t(blocks) * numbers; ++i) split.sums[i] = NAN;
+    for (u32 i = 0; i < blocks; ++i) split.flags[i] = generator();
+    return split;
+}
+void check_flags(const Split& split, u32 blocks) {
+    for (u32 i = 0; i < blocks; ++i)
+        if (split.flags[i] == split.raised) machine::fail("a flag is left raised");
+}
+#endif
+
 template <class P> void fill(P& to, const Matrix& matrix) {
     to.absmax = matrix.scales();
     to.nested = matrix.is_nested ? matrix.nested.data() : nullptr;
@@ -181,16 +195,18 @@ int main(int count, char** arguments) {
 #ifdef WGMMA
     const u32 tile = settings.get("rows", 128);
     const TensorMap weights = {matrices[0].packed, k / 2, rows[0], 1, tile};
+    problem.split = split_of(launch.blocks_x, tile * TOKENS, settings.get("line", 0));
     machine::run(launch, weather, [&] {
-#if TOKENS == 64
-        if (tile == 256) return matmul_4bit_wgmma_r256(weights, x_map, v[0], v[1], v[2], v[3], problem);
-#endif
+        if (tile == 192) return matmul_4bit_wgmma_r192(weights, x_map, v[0], v[1], v[2], v[3], problem);
         matmul_4bit_wgmma_r128(weights, x_map, v[0], v[1], v[2], v[3], problem);
     });
+    check_flags(problem.split, launch.blocks_x);
 #else
     problem.packed = matrices[0].packed;
     problem.group = settings.get("group", 8);
+    problem.split = split_of(launch.blocks_x, ROWS * TOKENS, settings.get("line", 0));
     machine::run(launch, weather, [&] { matmul_4bit_large(x_map, v[0], v[1], v[2], v[3], problem); });
+    check_flags(problem.split, launch.blocks_x);
 #endif
 #endif
     double worst = 0;

@@ -70,3 +70,20 @@ DEVICE void let_dependents_start() { asm volatile("griddepcontrol.launch_depende
 // Barrier `id` (1 … 15) among `threads` threads of the block; and an arrival there that does not wait.
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// --- between blocks --------------------------------------------------------------------------------------------------------
+// Blocks in x; asked for anew each time, so that it and what is made of it are not kept in registers.
+DEVICE u32 grid_size() {
+    u32 size;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
+    return size;
+}
+
+// A flag in global memory. What the block of who raises it has written before a barrier before that is visible behind who has waited for it.
+
+DEVICE void raise_flag(u64* flag, u64 raised) { asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(flag), "l"(raised) : "memory"); }
+DEVICE void wait_for_flag(const u64* flag, u64 raised) {
+    u64 seen;
+    do asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+    while (seen != raised);
+}

@@ -171,13 +171,6 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("four_bit_wgmma_bf16_m64.compute_90a.ptx"), "\0"),
     },
     Image {
-        family: "four_bit_wgmma_bf16_m128",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_wgmma_bf16_m128.compute_90a.ptx"), "\0"),
-    },
-    Image {
         family: "four_bit_wgmma_f16_m32",
         capability: 90,
         specific: true,
@@ -190,13 +183,6 @@ pub static IMAGES: &[Image] = &[
         specific: true,
         ptx_version: "8.0",
         ptx: concat!(include_str!("four_bit_wgmma_f16_m64.compute_90a.ptx"), "\0"),
-    },
-    Image {
-        family: "four_bit_wgmma_f16_m128",
-        capability: 90,
-        specific: true,
-        ptx_version: "8.0",
-        ptx: concat!(include_str!("four_bit_wgmma_f16_m128.compute_90a.ptx"), "\0"),
     },
     Image {
         family: "four_bit_large_bf16_128",

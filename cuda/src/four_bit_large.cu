@@ -20,8 +20,8 @@
 //
 // Warps: 0 copies x by the tensor memory accelerator, 1 and 2 packed weights, 3 scales; then two warpgroups multiply.
 //
-// A cluster shares a tile along K: its blocks add their sums at the end, each those of its part of the tokens, in fixed order. Where
-// there are no clusters a block has one tile after another; where there are, one in all, as sums go where x has been.
+// Blocks share what is no whole number of tiles for each of them along K (split.cuh): on 132 multiprocessors 112 tiles take 0.85 of
+// what one tile takes, and not all of it. Of that a tile of 256 tokens costs 128 KB written to and 128 KB read from the L2.
 //
 // Shared memory from the begin of its window: barriers at 2 K, map at 3 K; at 4 K the last stage of x; scales at 36 K; results at
 // 40 K; table at 64 K; x at 128 K.
@@ -29,7 +29,9 @@
 #include "large.cuh"
 #include "mma.cuh"
 #include "scale_server.cuh"
+#include "split.cuh"
 #include "wgmma.cuh"
+#include "write_tile.cuh"
 
 #if !defined(ELEMENT) || !defined(TOKENS)
 #error "compile with -DELEMENT=Bf16 or F16 and -DTOKENS=128 or 256"
@@ -45,9 +47,7 @@ constexpr u32 TABLE_AT = 64 * 1024, HIGH_AT = 128 * 1024, HIGH_BYTES = 96 * 1024
 constexpr u32 STAGES = 2;                        // 128 gaps of the table each
 constexpr u32 X_BYTES = TOKENS * 128;            // 64 of K
 constexpr u32 X_HIGH = HIGH_BYTES / X_BYTES, X_STAGES = X_HIGH + (SCALES_AT - LOW_AT) / X_BYTES;
-constexpr u32 QUARTER = TOKENS / 4, QUARTER_SUMS = TOKENS / 8;
-static_assert(RESULTS_AT + 2 * QUARTER * 128 <= TABLE_AT, "shared memory");
-static_assert(3 * 2 * QUARTER_SUMS * 512 <= HIGH_BYTES, "sums of a cluster");
+static_assert(RESULTS_AT + 2 * RESULT_BYTES<TOKENS> <= TABLE_AT, "shared memory");
 
 // Registers of a thread, together no more than the block has from the start: 384 × 168.
 constexpr u32 SERVING_REGISTERS = 56, MULTIPLYING_REGISTERS = 224;
@@ -66,23 +66,25 @@ struct Problem {
     float ungain;         // 1 / the gain of the values
     u32 group;            // tiles of tokens that are gone through for each tile of weights
     u32 unused;
+    Split split;
 };
 
 struct Tile { u32 weights, tokens; };  // where it begins
 
-// The tiles that a block has, and its part of their K: what all its warps agree on.
+using TileSums = Sums<MULTIPLYING, TOKENS / 2>;
+
+// What all warps of a block agree on.
 struct Share {
     const Problem& p;
-    u32 across, down;   // tiles
-    u32 first, stride;  // tiles
-    u32 begin, end;     // stages
-    u32 rank, ranks;    // of a cluster
-    u32 window;         // shared address of address 0
+    u32 window;  // shared address of address 0
 
-    DEVICE u32 count() const { return across * down; }
+    DEVICE u32 across() const { return (p.N + ROWS - 1) / ROWS; }
+    DEVICE u32 down() const { return (p.M + TOKENS - 1) / TOKENS; }
+    DEVICE u32 stages() const { return (p.K + STAGE_K - 1) / STAGE_K; }
+    DEVICE bool take(Pieces& pieces, Piece& piece) const { return pieces.take(p.split.shared, stages(), across() * down(), piece); }
     // `group` tiles of tokens for a tile of weights, then for the next: tiles of a time read the same x and few weights.
     DEVICE Tile get(u32 i) const {
-        const u32 top = i / (p.group * across) * p.group, inner = i % (p.group * across), width = min(p.group, down - top);
+        const u32 row = p.group * across(), top = i / row * p.group, inner = i % row, width = min(p.group, down() - top);
         return {inner / width * ROWS, (top + inner % width) * TOKENS};
     }
     DEVICE u32 barrier(u32 i) const { return window + BARRIERS_AT + i * 8; }
@@ -102,10 +104,11 @@ struct Share {
 
 DEVICE void serve_x(const Share& share, const TensorMap& map, u32 lane) {
     Turn<X_STAGES> turn;
-    for (u32 i = share.first; i < share.count(); i += share.stride) {
-        const Tile tile = share.get(i);
+    Pieces pieces;
+    for (Piece piece; share.take(pieces, piece);) {
+        const Tile tile = share.get(piece.tile);
 #pragma unroll 1
-        for (u32 step = share.begin * STEPS; step < share.end * STEPS; ++step, turn.next()) {
+        for (u32 step = piece.begin * STEPS; step < piece.end * STEPS; ++step, turn.next()) {
             barrier_wait(share.x_empty() + turn.stage * 8, turn.parity ^ 1);
             if (lane == 0) {
                 barrier_expect(share.x_full() + turn.stage * 8, X_BYTES);
@@ -121,10 +124,11 @@ DEVICE void serve_packed(const Share& share, u32 thread) {
     const Problem& p = share.p;
     const u32 row = thread / 8, piece = thread % 8, row_bytes = p.K / 2;
     Turn<STAGES> turn;
-    for (u32 i = share.first; i < share.count(); i += share.stride) {
-        const u32 n = share.get(i).weights + row;
+    Pieces pieces;
+    for (Piece part; share.take(pieces, part);) {
+        const u32 n = share.get(part.tile).weights + row;
 #pragma unroll 1
-        for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
+        for (u32 stage = part.begin; stage < part.end; ++stage, turn.next()) {
             const u32 column = stage * (STAGE_K / 2) + piece * 16;
             const u8* from = p.packed + u64(n) * row_bytes + column;
             const u32 to = share.packed(turn.stage, row) + (piece ^ row) * 16;
@@ -150,8 +154,10 @@ DEVICE void serve_scales(const Share& share, u32 lane) {
         __syncwarp();
     }
     Turn<STAGES> turn;
-    for (u32 i = share.first; i < share.count(); i += share.stride) {
-        const Server server{p, place, share.full(), share.empty(), lane, share.get(i).weights, share.begin, share.end, p.K / 64};
+    Pieces pieces;
+    for (Piece piece; share.take(pieces, piece);) {
+        const u32 row0 = share.get(piece.tile).weights;
+        const Server server{p, place, share.full(), share.empty(), lane, row0, piece.begin, piece.end, p.K / 64};
         if (way == Way::WHOLE) server.whole(turn);
         else if (way == Way::NESTED) server.nested(turn, [&](u32 code) { return load_float(share.window + MAP_AT + code * 4); });
         else server.any(turn);
@@ -184,8 +190,8 @@ struct Multiplier {
     DEVICE Multiplier(const Share& share, u32 group, u32 thread)
         : share(share), group(group), thread(thread), lane(thread % WARP), warp(thread / WARP), g(lane / 4), t(lane % 4) {}
 
-    // Sums of a tile over this block's part of K.
-    DEVICE void multiply(float (&sums)[TOKENS / 2], Turn<STAGES>& turn, Turn<X_STAGES>& x_turn) const {
+    // Sums of a tile over some stages; after the first of these the flag is raised that is `owed`.
+    DEVICE void multiply(float (&sums)[TOKENS / 2], u32 begin, u32 end, Turn<STAGES>& turn, Turn<X_STAGES>& x_turn, bool& owed) const {
 #pragma unroll
         for (u32 j = 0; j < TOKENS / 2; ++j) sums[j] = 0.f;
         u32 before = 0;  // the stage of x of the MMAs under way
@@ -195,7 +201,7 @@ struct Multiplier {
         const u32 row = group * 64 + warp * 16 + g, table = share.window + TABLE_AT + lane * 4, selector = SELECTOR | t << 4;
         u32 a[2][4][4];
 #pragma unroll 1
-        for (u32 stage = share.begin; stage < share.end; ++stage, turn.next()) {
+        for (u32 stage = begin; stage < end; ++stage, turn.next()) {
             barrier_wait(share.full() + turn.stage * 8, turn.parity);
             const float4 scales[2] = {load_scales(share, turn.stage, row), load_scales(share, turn.stage, row + 8)};
             const u32 at = share.packed(turn.stage, row);
@@ -229,102 +235,43 @@ struct Multiplier {
                 for (u32 j = 0; j < 4; ++j)
 #pragma unroll
                     for (u32 i = 0; i < 4; ++i) keep(a[(step + 1) % 2][j][i]);
-                if (step > 0 || stage > share.begin) release();
+                if (step > 0 || stage > begin) release();
                 before = x_turn.stage;
                 x_turn.next();
             }
+            if (owed) raise(owed);
         }
         mma_wait<0>();
         pin(sums);
-        if (share.begin < share.end) release();
+        release();
     }
 
-    // Where blocks of a cluster find sums of a quarter of the tokens that block `from` has and does not finish.
-    DEVICE u32 partial(u32 quarter, u32 from) const {
-        const u32 owned = 4 / share.ranks, mine = from * owned;
-        return share.window + HIGH_AT + ((quarter < mine ? quarter : quarter - owned) * 2 + group) * (QUARTER_SUMS * 512) + thread * 4;
-    }
-    DEVICE bool owns(u32 quarter) const { return quarter * share.ranks / 4 == share.rank; }
-
-    // Adds the sums of the cluster's blocks, of the tokens that this one finishes: its own, then the others' in order.
-    DEVICE void gather(float (&sums)[TOKENS / 2]) const {
-        named_barrier(3, MULTIPLYING);  // both warpgroups are through with x
-#pragma unroll
-        for (u32 q = 0; q < 4; ++q)
-            if (!owns(q)) {
-                const u32 to = partial(q, share.rank);
-#pragma unroll
-                for (u32 j = 0; j < QUARTER_SUMS; ++j) store_float(to + j * 512, sums[q * QUARTER_SUMS + j]);
-            }
-        cluster_arrive(), cluster_wait();
-#pragma unroll 1
-        for (u32 from = 0; from < share.ranks; ++from) {
-            if (from == share.rank) continue;
-#pragma unroll
-            for (u32 q = 0; q < 4; ++q)
-                if (owns(q)) {
-                    const u32 at = map_to_block(partial(q, from), from);
-#pragma unroll
-                    for (u32 j = 0; j < QUARTER_SUMS; ++j) sums[q * QUARTER_SUMS + j] += load_cluster_float(at + j * 512);
-                }
-        }
-    }
-
-    // Adds the bias, and writes quarters of the tokens by way of shared memory, so that a token's 64 weights are written together.
-    DEVICE void write(const float (&sums)[TOKENS / 2], Tile tile) const {
-        const Problem& p = share.p;
-        const u32 results = share.window + RESULTS_AT + group * (QUARTER * 128);
-        const u32 n0 = tile.weights + group * 64, n = n0 + thread % 8 * 8;
-        float bias[2];
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h) {
-            const u32 at = n0 + warp * 16 + g + h * 8;
-            bias[h] = p.bias != nullptr && at < p.N ? to_float(p.bias[at]) : 0.f;
-        }
-        const bool wide = p.N % 8 == 0 && reinterpret_cast<u64>(p.out) % 16 == 0;
-        // What this lane stores: a piece of a tile's row, its tokens 8 apart; what this thread reads back: tokens 16 apart.
-        const u32 to = results + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
-        const u32 from = results + thread / 8 * 128 + (thread % 8 ^ thread / 8 % 8) * 16;
-#pragma unroll
-        for (u32 q = 0; q < 4; ++q) {
-            if (share.ranks > 1 && !owns(q)) continue;
-            named_barrier(1 + group, 128);  // what was here has been read
-#pragma unroll
-            for (u32 j = 0; j < QUARTER / 8; j += 2) {
-                const float* v = sums + q * QUARTER_SUMS + j * 4;
-                auto two = [&](u32 i) { return pack<ELEMENT>(v[i] + bias[i / 2 % 2], v[i + 1] + bias[i / 2 % 2]); };
-                store_transposed(to + j * (8 * 128), two(0), two(2), two(4), two(6));
-            }
-            named_barrier(1 + group, 128);
-            u32 m = tile.tokens + q * QUARTER + thread / 8;
-            ELEMENT* out = p.out + u64(m) * p.N + n;
-            if (wide) {
-#pragma unroll
-                for (u32 i = 0; i < QUARTER / 16; ++i, m += 16, out += u64(16) * p.N)
-                    if (m < p.M && n < p.N) *reinterpret_cast<uint4*>(out) = load_uint4(from + i * (16 * 128));
-            } else {
-#pragma unroll 1
-                for (u32 i = 0; i < QUARTER / 16; ++i, m += 16, out += u64(16) * p.N) {
-                    if (m >= p.M) continue;
-#pragma unroll 1
-                    for (u32 e = 0; e < 8 && n + e < p.N; ++e) {
-                        const u32 pair = load_word(from + i * (16 * 128) + e / 2 * 4);
-                        out[e] = ELEMENT{u16(pair >> e % 2 * 16)};
-                    }
-                }
-            }
-        }
+    DEVICE void raise(bool& owed) const {
+        TileSums::raise(share.p.split, group * 128 + thread, 3);
+        owed = false;
     }
 
     DEVICE void run() const {
         Turn<STAGES> turn;
         Turn<X_STAGES> x_turn;
-        for (u32 i = share.first; i < share.count(); i += share.stride) {
+        const Problem& p = share.p;
+        const u32 mine = group * 128 + thread;
+        bool owed = false;
+        Pieces pieces;
+        for (Piece piece; share.take(pieces, piece);) {
             float sums[TOKENS / 2];
-            multiply(sums, turn, x_turn);
-            if (share.ranks > 1) gather(sums);
-            write(sums, share.get(i));
+            multiply(sums, piece.begin, piece.end, turn, x_turn, owed);
+            if (piece.end < share.stages()) {
+                TileSums::leave(p.split, sums, mine, 3);
+                owed = true;
+                continue;
+            }
+            if (piece.begin > 0) TileSums::add(p.split, piece, sums, mine, 4);
+            const Tile tile = share.get(piece.tile);
+            const u32 results = share.window + RESULTS_AT + group * RESULT_BYTES<TOKENS>;
+            write_tile<ELEMENT, TOKENS>(p, sums, tile.weights + group * 64, tile.tokens, results, thread, 1 + group);
         }
+        if (owed) raise(owed);
     }
 };
 
@@ -335,17 +282,7 @@ KERNEL __launch_bounds__(THREADS, 1)
     const Problem& p = problem;
     const Values values{{values0, values1, values2, values3}};
     const u32 lane = threadIdx.x % WARP, warp = __shfl_sync(ALL_LANES, threadIdx.x / WARP, 0);
-    const u32 ranks = cluster_size(), rank = cluster_rank(), stages = (p.K + STAGE_K - 1) / STAGE_K;
-    const Share share = {p,
-                         (p.N + ROWS - 1) / ROWS,
-                         (p.M + TOKENS - 1) / TOKENS,
-                         blockIdx.x / ranks,
-                         gridDim.x / ranks,
-                         stages * rank / ranks,
-                         stages * (rank + 1) / ranks,
-                         rank,
-                         ranks,
-                         shared_begin(dynamic)};
+    const Share share = {p, shared_begin(dynamic)};
     let_dependents_start();
     if (warp == 0) {
         constexpr u32 WARPS = MULTIPLYING / WARP;
@@ -367,11 +304,8 @@ KERNEL __launch_bounds__(THREADS, 1)
         if (warp == 0) serve_x(share, x, lane);
         else if (warp < 3) serve_packed(share, threadIdx.x - WARP);
         else serve_scales(share, lane);
-        if (ranks > 1) cluster_arrive(), cluster_wait();
     } else {
         more_registers<MULTIPLYING_REGISTERS>();
         Multiplier(share, warp / 4 - 1, threadIdx.x % 128).run();
     }
-    // Nobody leaves while its sums are read.
-    if (ranks > 1) cluster_arrive(), cluster_wait();
 }

@@ -98,12 +98,12 @@ def matmul_4bit_large(
     nested_offset: Any | None = None,
     nested_blocksize: int = 256,
     tokens: int = 0,
-    split: int = 0,
+    blocks: int = 0,
 ) -> bool:
     """Do :func:`matmul_4bit` by the CUDA kernel for many rows, whatever M.
 
     Return False, with nothing written, where it does not fit. For tests and measurements: `tokens` of a tile (128, 256)
-    and blocks that `split` a tile along K (1, 2, 4) are the plan's where 0.
+    and `blocks` of threads that have the tiles, of which they share some along K, are the plan's where 0.
     """
 
 def eager_matmul_4bit(x: Any, packed: Any, state: Any, bias: Any | None = None) -> Any | None:

@@ -22,3 +22,10 @@ inline void let_dependents_start() {}
 
 inline void named_barrier(u32 id, u32 threads) { machine::named_barrier(id, threads, true); }
 inline void named_barrier_arrive(u32 id, u32 threads) { machine::named_barrier(id, threads, false); }
+
+inline u32 grid_size() { return machine::blocks_x(); }
+inline void raise_flag(u64* flag, u64 raised) { machine::maybe_yield(), *flag = raised; }
+inline void wait_for_flag(const u64* flag, u64 raised) {
+    for (u32 turns = 0; *static_cast<const volatile u64*>(flag) != raised; machine::wait_a_turn())
+        if (++turns > 1000000) machine::fail("a flag is not raised");
+}

@@ -336,6 +336,7 @@ unsafe fn multiply<T: Element>(
                         weight.block,
                         bias,
                         out,
+                        None,
                     )
                 }?;
             }

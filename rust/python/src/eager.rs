@@ -343,7 +343,7 @@ fn product<'py>(
     let (out, out_view) = torch.empty(x, (dtype, place), rows, n)?;
     // Read anew, after the last thing that could run Python.
     let done = matmul(
-        py,
+        x,
         &TensorRef::plain("x", x)?,
         &TensorRef::plain("packed", weight)?,
         &state.scales()?,

@@ -8,6 +8,8 @@ use pyo3::prelude::*;
 
 use crate::dlpack::{Place, TensorRef};
 use crate::errors::raise;
+#[cfg(feature = "cuda")]
+use crate::scratch::Scratch;
 use crate::{check_together, detached, expect_len, shape_error};
 
 pub(crate) fn parse_kind(name: &str) -> Result<Kind, Error> {
@@ -245,7 +247,6 @@ pub(crate) fn dequantize(
 #[pyfunction]
 #[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256))]
 pub(crate) fn matmul_4bit(
-    py: Python<'_>,
     x: &Bound<'_, PyAny>,
     packed: &Bound<'_, PyAny>,
     absmax: &Bound<'_, PyAny>,
@@ -259,17 +260,17 @@ pub(crate) fn matmul_4bit(
     nested_blocksize: usize,
 ) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
-    let x = TensorRef::new("x", x)?;
+    let (like, x) = (x, TensorRef::new("x", x)?);
     let packed = TensorRef::new("packed", packed)?;
     let out = TensorRef::new("out", out)?;
     let bias = TensorRef::optional("bias", bias)?;
     let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
-    matmul(py, &x, &packed, &scales, bias.as_ref(), &out, kind, blocksize)
+    matmul(like, &x, &packed, &scales, bias.as_ref(), &out, kind, blocksize)
 }
 
-/// Checks everything, then multiplies; false, and nothing written, as [`matmul_4bit`].
+/// Checks everything, then multiplies; false, and nothing written, as [`matmul_4bit`]. `like` is what `x` is a view of.
 pub(crate) fn matmul(
-    py: Python<'_>,
+    like: &Bound<'_, PyAny>,
     x: &TensorRef,
     packed: &TensorRef,
     scales: &Scales,
@@ -287,7 +288,7 @@ pub(crate) fn matmul(
             // SAFETY: as above.
             let bias = bias.map(|bias| unsafe { bias.slice::<T>() });
             let work = shape.1.saturating_mul(shape.2);
-            detached(py, work, || four_bit::matmul_into(x, shape, packed, absmax, kind, blocksize, bias, out))
+            detached(like.py(), work, || four_bit::matmul_into(x, shape, packed, absmax, kind, blocksize, bias, out))
         })
         .map_err(raise)?,
         #[cfg(feature = "cuda")]
@@ -295,13 +296,18 @@ pub(crate) fn matmul(
             if !four_bit::cuda::fused(device, dtype, shape, blocksize).map_err(raise)? {
                 return Ok(false);
             }
+            let bytes = four_bit::cuda::scratch_bytes(device, dtype, shape, blocksize).map_err(raise)?;
+            let scratch = Scratch::beside(like, place, bytes)?;
+            let memory = Scratch::address(scratch.as_ref());
             let stream = crate::stream_of(x, device)?;
             let bias = bias.map(|bias| bias.address() as u64);
             let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
             let absmax = scales.device();
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-            unsafe { four_bit::cuda::matmul(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out) }
-                .map_err(raise)?;
+            unsafe {
+                four_bit::cuda::matmul(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out, memory)
+            }
+            .map_err(raise)?;
         }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => return Err(raise(crate::no_cuda())),
@@ -340,11 +346,11 @@ fn check_product(
     Ok((dtype, place, shape))
 }
 
-/// [`matmul_4bit`] by the CUDA kernel for many rows, whatever M; for tests and measurements. `tokens` of a tile and blocks that
-/// `split` a tile along K are the plan's where 0. False, and nothing written, where the kernel does not fit.
+/// [`matmul_4bit`] by the CUDA kernel for many rows, whatever M; for tests and measurements. `tokens` of a tile and `blocks` of threads that
+/// have the tiles are the plan's where 0. False, and nothing written, where the kernel does not fit.
 #[cfg(feature = "cuda")]
 #[pyfunction]
-#[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256, tokens=0, split=0))]
+#[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256, tokens=0, blocks=0))]
 pub(crate) fn matmul_4bit_large(
     x: &Bound<'_, PyAny>,
     packed: &Bound<'_, PyAny>,
@@ -358,10 +364,10 @@ pub(crate) fn matmul_4bit_large(
     nested_offset: Option<&Bound<'_, PyAny>>,
     nested_blocksize: usize,
     tokens: u32,
-    split: u32,
+    blocks: u32,
 ) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
-    let x = TensorRef::new("x", x)?;
+    let (like, x) = (x, TensorRef::new("x", x)?);
     let packed = TensorRef::new("packed", packed)?;
     let out = TensorRef::new("out", out)?;
     let bias = TensorRef::optional("bias", bias)?;
@@ -372,11 +378,16 @@ pub(crate) fn matmul_4bit_large(
     let bias = bias.map(|bias| bias.address() as u64);
     let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
     let set = |value: u32| (value != 0).then_some(value);
-    let choice = four_bit::cuda::LargeChoice { tokens: set(tokens), split: set(split) };
+    let choice = four_bit::cuda::LargeChoice { tokens: set(tokens), blocks: set(blocks) };
     let absmax = scales.device();
+    let bytes = four_bit::cuda::large_scratch_bytes(device, shape, choice).map_err(raise)?;
+    let scratch = Scratch::beside(like, place, bytes.max(16))?;
+    let memory = Scratch::address(scratch.as_ref()).unwrap_or(0);
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
     unsafe {
-        four_bit::cuda::matmul_by_large(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out, choice)
+        four_bit::cuda::matmul_by_large(
+            &stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, out, memory, choice,
+        )
     }
     .map_err(raise)
 }

@@ -34,6 +34,8 @@ pub(crate) fn matmul_4bit_group(
 ) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
     check_four_bit_block(blocksize).map_err(raise)?;
+    #[cfg(feature = "cuda")]
+    let like = x;
     let x = TensorRef::new("x", x)?;
     let (dtype, place) = x.float().and_then(|dtype| Ok((dtype, x.place()?))).map_err(raise)?;
     let mut checked = Vec::with_capacity(pieces.len());
@@ -95,9 +97,17 @@ pub(crate) fn matmul_4bit_group(
                 })
                 .collect();
             let (m, _, k) = checked.first().map_or((0, 0, 0), |(.., shape)| *shape);
+            let mut most = 0;
+            for piece in &pieces {
+                let bytes = four_bit::cuda::scratch_bytes(device, dtype, (m, piece.n, k), blocksize).map_err(raise)?;
+                most = most.max(bytes);
+            }
+            let scratch = crate::scratch::Scratch::beside(like, place, most)?;
+            let memory = crate::scratch::Scratch::address(scratch.as_ref());
             let x = x.address() as u64;
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
-            unsafe { four_bit::cuda::matmul_group(&stream, dtype, x, (m, k), &pieces, kind, blocksize) }.map_err(raise)
+            unsafe { four_bit::cuda::matmul_group(&stream, dtype, x, (m, k), &pieces, kind, blocksize, memory) }
+                .map_err(raise)
         }
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => Err(raise(crate::no_cuda())),

@@ -15,6 +15,8 @@ mod int8;
 mod int8_cuda;
 mod openmp;
 mod optim;
+#[cfg(feature = "cuda")]
+mod scratch;
 mod search;
 
 use pyo3::prelude::*;

@@ -30,7 +30,7 @@ pub struct GroupPiece {
 /// form of scales in common. False, with nothing written, where the product by each weight for itself is the better way.
 ///
 /// # Safety
-/// As [`super::quantize`]; `x` is [M, K] row by row, of `dtype`.
+/// As [`super::quantize`]; `x` is [M, K] row by row, of `dtype`. `scratch` is as [`super::matmul`] has it, for any of the weights.
 pub unsafe fn matmul_group(
     stream: &Stream,
     dtype: Dtype,
@@ -39,6 +39,7 @@ pub unsafe fn matmul_group(
     pieces: &[GroupPiece],
     kind: Kind,
     block: usize,
+    scratch: Option<Pointer>,
 ) -> Result<bool> {
     if pieces.is_empty() || pieces.len() > MATMUL_GROUP_MOST {
         return Err(Error::value("pieces", format!("1 to {MATMUL_GROUP_MOST} weights"), pieces.len()));
@@ -68,7 +69,7 @@ pub unsafe fn matmul_group(
     for piece in pieces {
         let GroupPiece { n, packed, absmax, bias, out } = *piece;
         // SAFETY: passed on.
-        unsafe { matmul(stream, dtype, x, (m, n, k), packed, absmax, kind, block, bias, out)? };
+        unsafe { matmul(stream, dtype, x, (m, n, k), packed, absmax, kind, block, bias, out, scratch)? };
     }
     Ok(true)
 }

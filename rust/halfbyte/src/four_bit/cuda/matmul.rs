@@ -53,14 +53,51 @@ pub(super) fn tensor_cores(gpu: &Device, dtype: Dtype, k: usize, block: usize, t
         && tensors.iter().all(|tensor| tensor.is_multiple_of(16))
 }
 
+/// Which kernel has a product on tensor cores whose tensors lie as they want it.
+enum Way {
+    Large,
+    Stream,
+    Wgmma,
+    Other,
+}
+
+fn way(gpu: &Device, dtype: Dtype, shape: (usize, usize, usize)) -> Way {
+    if matmul_large::takes(gpu, dtype, shape) {
+        Way::Large
+    } else if matmul_stream::fits(gpu, dtype, shape.0) {
+        Way::Stream
+    } else if matmul_wgmma::fits(gpu, dtype) {
+        Way::Wgmma
+    } else {
+        Way::Other
+    }
+}
+
+/// Bytes of scratch memory with which [`matmul`] is fastest on a product of this shape (M, N, K); 0 where it needs none. At most 128 KB and 8 bytes
+/// for each multiprocessor.
+pub fn scratch_bytes(ordinal: i32, dtype: Dtype, shape: (usize, usize, usize), block: usize) -> Result<usize> {
+    let (m, n, k) = shape;
+    let gpu = device(ordinal)?;
+    if m <= matmul_stream::MOST_ROWS || n == 0 || !tensor_cores(gpu, dtype, k, block, &[]) {
+        return Ok(0);
+    }
+    Ok(match way(gpu, dtype, shape) {
+        Way::Large => matmul_large::scratch_bytes(gpu, shape, LargeChoice::default()),
+        Way::Wgmma => matmul_wgmma::scratch_bytes(gpu, shape),
+        Way::Stream | Way::Other => 0,
+    })
+}
+
 /// `out[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]` straight from the packed weights, for what [`fused`] is true of.
 ///
 /// 16-bit activations go through the tensor cores where the GPU and the shape allow it (compute capability 8.0, K a multiple
 /// of 64, blocks of 64 and more); fp32 ones, and the rest, through fp32 arithmetic. The choice depends on shape, type and
-/// device alone.
+/// device alone. `scratch` is device memory for sums of blocks of threads that share a tile; whatever is in it. Without it a product of more than
+/// 16 rows may be slower, and its sums are added in another order.
 ///
 /// # Safety
-/// As [`quantize`]; `x` is [M, K] and `out` [M, N] row by row, `bias` [N], all of `dtype`.
+/// As [`quantize`]; `x` is [M, K] and `out` [M, N] row by row, `bias` [N], all of `dtype`. `scratch` has [`scratch_bytes`] bytes, begins at a
+/// multiple of 16, and is nobody else's until the product is there.
 pub unsafe fn matmul(
     stream: &Stream,
     dtype: Dtype,
@@ -72,6 +109,7 @@ pub unsafe fn matmul(
     block: usize,
     bias: Option<Pointer>,
     out: Pointer,
+    scratch: Option<Pointer>,
 ) -> Result<()> {
     check_four_bit_block(block)?;
     let gpu = device(stream.device)?;
@@ -84,22 +122,23 @@ pub unsafe fn matmul(
         return Ok(());
     }
     let tensor_cores = tensor_cores(gpu, dtype, k, block, &[x, packed]);
-    if m > matmul_stream::MOST_ROWS && large(gpu, dtype, (m, n, k), block, &[x, packed]) {
+    if tensor_cores {
         let piece = GroupPiece { n, packed, absmax, bias, out };
-        // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
-        return unsafe {
-            matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, LargeChoice::default())
+        // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernels want them.
+        let launched = unsafe {
+            match way(gpu, dtype, (m, n, k)) {
+                Way::Large => {
+                    let choice = LargeChoice::default();
+                    Some(matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, scratch, choice))
+                }
+                Way::Stream => Some(matmul_stream::launch(stream, gpu, dtype, x, (m, k), &[piece], kind, block)),
+                Way::Wgmma => Some(matmul_wgmma::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, scratch)),
+                Way::Other => None,
+            }
         };
-    }
-    if tensor_cores && matmul_stream::fits(gpu, dtype, m) {
-        let piece = GroupPiece { n, packed, absmax, bias, out };
-        // SAFETY: the caller vouches for the pointers; shape and alignment are as the kernel wants them.
-        return unsafe { matmul_stream::launch(stream, gpu, dtype, x, (m, k), &[piece], kind, block) };
-    }
-    if tensor_cores && matmul_wgmma::fits(gpu, dtype) {
-        let piece = GroupPiece { n, packed, absmax, bias, out };
-        // SAFETY: as above.
-        return unsafe { matmul_wgmma::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block) };
+        if let Some(launched) = launched {
+            return launched;
+        }
     }
     let arguments = |x: Pointer, out: Pointer, m: usize| {
         Arguments::default()
@@ -143,11 +182,17 @@ fn check_columns(n: usize, k: usize) -> Result<()> {
     Ok(())
 }
 
+/// Scratch memory that [`matmul_by_large`] takes.
+#[doc(hidden)]
+pub fn large_scratch_bytes(ordinal: i32, shape: (usize, usize, usize), choice: LargeChoice) -> Result<usize> {
+    Ok(matmul_large::scratch_bytes(device(ordinal)?, shape, choice))
+}
+
 /// [`matmul`] by the kernel for many rows, whatever M: for tests and measurements. False, and nothing enqueued, where it does not
 /// fit.
 ///
 /// # Safety
-/// As [`matmul`].
+/// As [`matmul`]; `scratch` has [`large_scratch_bytes`] bytes.
 #[doc(hidden)]
 pub unsafe fn matmul_by_large(
     stream: &Stream,
@@ -160,6 +205,7 @@ pub unsafe fn matmul_by_large(
     block: usize,
     bias: Option<Pointer>,
     out: Pointer,
+    scratch: Pointer,
     choice: LargeChoice,
 ) -> Result<bool> {
     check_four_bit_block(block)?;
@@ -171,7 +217,7 @@ pub unsafe fn matmul_by_large(
     if m > 0 && n > 0 {
         let piece = GroupPiece { n, packed, absmax, bias, out };
         // SAFETY: passed on; shape and alignment are as the kernel wants them.
-        unsafe { matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, choice)? };
+        unsafe { matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, Some(scratch), choice)? };
     }
     Ok(true)
 }

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use super::group::GroupPiece;
 use super::matmul_small::mma_values;
 use super::matmul_wgmma;
+use super::split::{Cycles, Split};
 
 /// Most rows of x that the kernel is used for, of weights of fewer than `WIDE` rows and of others. Measured on an H200
 /// (benches/NOTES.md): beyond, what dequantizing costs is less than what cuBLAS gains.
@@ -18,7 +19,7 @@ const WIDE: usize = 16384;
 
 /// Weights of a tile.
 const WEIGHTS: u32 = 128;
-/// K of a stage of packed weights, which is what a cluster's blocks share.
+/// K of a stage of packed weights, which is what blocks share.
 const STAGE: usize = 256;
 
 /// A kernel: the tokens of its tiles, and what a step of 64 along K costs.
@@ -45,20 +46,18 @@ static SIZES: [Size; 2] = [
 pub struct LargeChoice {
     /// Tokens of a tile: 128 or 256.
     pub tokens: Option<u32>,
-    /// Blocks that share a tile along K: 1, 2 or 4.
-    pub split: Option<u32>,
+    /// Blocks, at most one a multiprocessor, that share what tiles do not come out even.
+    pub blocks: Option<u32>,
 }
 
-/// Whether the kernel is the one for a product (M, N, K), where the tensor-core kernels fit: up to the rows that the kernel for fewer
-/// takes, where it is expected to be faster than that.
-pub(super) fn takes(gpu: &Device, dtype: Dtype, (m, n, k): (usize, usize, usize)) -> bool {
-    if m > MOST[usize::from(n >= WIDE)] || n == 0 || !matmul_wgmma::fits(gpu, dtype) {
-        return false;
-    }
-    m > matmul_wgmma::MOST_ROWS || {
-        let plan = Plan::new((m, n, k), gpu.multiprocessors, LargeChoice::default());
-        plan.is_some_and(|plan| plan.cycles < matmul_wgmma::cycles((m, n, k), gpu.multiprocessors))
-    }
+/// Whether the kernel is the one for a product (M, N, K), where the tensor-core kernels fit.
+pub(super) fn takes(gpu: &Device, dtype: Dtype, (m, n, _): (usize, usize, usize)) -> bool {
+    m > matmul_wgmma::MOST_ROWS && m <= MOST[usize::from(n >= WIDE)] && n > 0 && matmul_wgmma::fits(gpu, dtype)
+}
+
+/// Scratch memory that a product (M, N, K) takes.
+pub(super) fn scratch_bytes(gpu: &Device, shape: (usize, usize, usize), choice: LargeChoice) -> usize {
+    Plan::new(shape, gpu.multiprocessors, choice, true).map_or(0, Plan::scratch_bytes)
 }
 
 /// The product of `x` [m, k] with a weight.
@@ -74,15 +73,17 @@ pub(super) unsafe fn launch(
     piece: &GroupPiece,
     kind: Kind,
     block: usize,
+    scratch: Option<Pointer>,
     choice: LargeChoice,
 ) -> Result<()> {
-    let Some(plan) = Plan::new((m, piece.n, k), gpu.multiprocessors, choice) else {
-        return Err(Error::value("choice", "tiles and splits that there are", format!("{choice:?}")));
+    let Some(plan) = Plan::new((m, piece.n, k), gpu.multiprocessors, choice, scratch.is_some()) else {
+        return Err(Error::value("choice", "tiles and blocks that there are", format!("{choice:?}")));
     };
     let size = &SIZES[plan.size];
     let (values, gain) = values(kind, dtype);
     let (scales, nested, map, offset, nested_shift) = piece.absmax.parts();
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let [sums, flags, number, shared] = plan.split.words(plan.numbers(), scratch);
     let problem = [
         piece.packed,
         scales,
@@ -95,6 +96,10 @@ pub(super) unsafe fn launch(
         pair(k as u32, block.trailing_zeros()),
         pair(nested_shift, (1.0 / gain).to_bits()),
         pair(plan.group, 0),
+        sums,
+        flags,
+        number,
+        shared,
     ];
     let activations = matrix(x, MapElement::Half, (m, k), size.tokens, Around::Bytes256)?;
     let arguments = Arguments::default().block(&activations);
@@ -133,6 +138,7 @@ pub(super) fn kernels() -> impl Iterator<Item = &'static Kernel> {
 /// How a product is cut up: a function of its shape, of the number of multiprocessors, and of what is set.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Plan {
+    split: Split,
     launch: Launch,
     /// Place in [`SIZES`].
     size: usize,
@@ -147,77 +153,45 @@ impl Plan {
     const SHARED: u32 = (128 + 96 - 1) * 1024;
 
     /// The plan that is expected to take the fewest cycles; none if there is not what `choice` asks for.
-    fn new((m, n, k): (usize, usize, usize), multiprocessors: u32, choice: LargeChoice) -> Option<Self> {
+    fn new((m, n, k): (usize, usize, usize), multiprocessors: u32, choice: LargeChoice, scratch: bool) -> Option<Self> {
         let stages = k.div_ceil(STAGE) as u32;
         let across = (n as u32).div_ceil(WEIGHTS);
-        let mut best: Option<Self> = None;
-        for (place, size) in SIZES.iter().enumerate() {
+        let plans = SIZES.iter().enumerate().filter_map(|(place, size)| {
             if choice.tokens.is_some_and(|tokens| tokens != size.tokens) {
-                continue;
+                return None;
             }
             let tiles = across * (m as u32).div_ceil(size.tokens);
-            for split in [1, 2, 4] {
-                if split > stages || choice.split.is_some_and(|wanted| wanted != split) {
-                    continue;
+            let tokens = u64::from(size.tokens);
+            let cycles =
+                Cycles { block: 3500, stage: 4 * size.step, tile: 600 + tokens * 5, wait: 1500, add: 300 + tokens * 8 };
+            let (split, cycles) = match choice.blocks {
+                None => Split::new((tiles, stages), multiprocessors, cycles, scratch),
+                Some(blocks) => {
+                    let there_are =
+                        scratch && (1..=multiprocessors.min(tiles.saturating_mul(stages))).contains(&blocks);
+                    (there_are.then(|| Split::even(tiles, blocks))?, 0)
                 }
-                // Clusters that run at a time, one block a multiprocessor: on an H200 66 of 2 and 30 of 4.
-                let at_a_time = match split {
-                    1 => multiprocessors,
-                    2 => multiprocessors / 2,
-                    _ => multiprocessors * 30 / 132,
-                };
-                let waves = u64::from(tiles.div_ceil(at_a_time.max(1)));
-                let steps = u64::from(stages.div_ceil(split)) * 4;
-                // Begin and end of a tile, and of a block: one for each tile where there are clusters.
-                let (tile, block) = (600 + u64::from(size.tokens) * 5, 3500);
-                let cycles = if split == 1 {
-                    block + waves * (steps * size.step + tile)
-                } else {
-                    waves * (block + steps * size.step + tile + u64::from(split) * 800)
-                };
-                let launch = Launch {
-                    grid: (if split == 1 { tiles.min(multiprocessors) } else { tiles * split }, 1),
-                    threads: 384,
-                    shared: Self::SHARED,
-                    cluster: split,
-                    programmatic: true,
-                };
-                if best.is_none_or(|best| cycles < best.cycles) {
-                    best = Some(Self { launch, size: place, group: (2048 / size.tokens).max(1), cycles });
-                }
-            }
-        }
-        best
+            };
+            let launch =
+                Launch { grid: (split.blocks, 1), threads: 384, shared: Self::SHARED, cluster: 1, programmatic: true };
+            Some(Self { split, launch, size: place, group: (2048 / size.tokens).max(1), cycles })
+        });
+        plans.min_by_key(|plan| plan.cycles)
+    }
+
+    /// Sums of a tile.
+    fn numbers(self) -> usize {
+        (WEIGHTS * SIZES[self.size].tokens) as usize
+    }
+
+    fn scratch_bytes(self) -> usize {
+        self.split.bytes(self.numbers())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn plans_cover_the_product() {
-        for m in [1, 64, 128, 129, 256, 257, 512, 2048, 8192, 1 << 20] {
-            for n in [1, 100, 128, 4096, 14336, 28672] {
-                for k in [64, 256, 320, 4096, 14336, 28672] {
-                    let choice = LargeChoice::default();
-                    let plan = Plan::new((m, n, k), 132, choice).expect("there is one for every shape");
-                    let Launch { grid, threads, cluster, .. } = plan.launch;
-                    let tokens = SIZES[plan.size].tokens as usize;
-                    let tiles = n.div_ceil(128) * m.div_ceil(tokens);
-                    assert!(threads == 384 && plan.group >= 1, "{m} {n} {k}: {plan:?}");
-                    // A cluster has one tile, as its sums go where x has been; other blocks have all between them.
-                    if cluster == 1 {
-                        assert_eq!(grid.0 as usize, tiles.min(132), "{m} {n} {k}: {plan:?}");
-                    } else {
-                        assert_eq!(grid.0 as usize, tiles * cluster as usize, "{m} {n} {k}: {plan:?}");
-                        // Each block has some of K.
-                        assert!(cluster as usize <= k.div_ceil(STAGE), "{m} {n} {k}: {plan:?}");
-                    }
-                }
-            }
-        }
-    }
 
     #[test]
     fn values_are_near_the_codes() {
@@ -232,40 +206,29 @@ mod tests {
     }
 
     #[test]
-    fn few_tiles_are_shared_along_k_and_many_are_not() {
-        let plan = |m, n, k| Plan::new((m, n, k), 132, LargeChoice::default()).expect("there is one");
-        assert!(plan(256, 4096, 14336).launch.cluster > 1);
-        assert_eq!(plan(8192, 14336, 4096).launch.cluster, 1);
-        assert_eq!(SIZES[plan(8192, 14336, 4096).size].tokens, 256);
+    fn blocks_have_as_much_to_do_as_each_other() {
+        let plan = |shape, scratch| Plan::new(shape, 132, LargeChoice::default(), scratch).expect("there is one");
+        for shape in [(256, 14336, 4096), (512, 28672, 8192), (128, 4096, 14336)] {
+            let (shared, alone) = (plan(shape, true), plan(shape, false));
+            assert!(shared.cycles < alone.cycles && shared.scratch_bytes() > 0, "{shape:?}: {shared:?}");
+            assert_eq!((alone.split.shared, alone.scratch_bytes()), (0, 0));
+            assert!(shared.scratch_bytes() <= 132 * (128 * 1024 + 8));
+        }
+        let many = plan((8192, 14336, 4096), true);
+        assert_eq!((SIZES[many.size].tokens, many.launch.threads), (256, 384));
     }
 
     #[test]
     fn what_is_set_is_kept() {
-        for (tokens, split) in [(128, 1), (128, 4), (256, 1), (256, 2)] {
-            let choice = LargeChoice { tokens: Some(tokens), split: Some(split) };
-            let plan = Plan::new((512, 4096, 4096), 132, choice).expect("there is one");
-            assert_eq!((SIZES[plan.size].tokens, plan.launch.cluster), (tokens, split));
+        let plan = |shape, choice| Plan::new(shape, 132, choice, true);
+        for (tokens, blocks) in [(128, 1), (128, 132), (256, 33), (256, 7)] {
+            let choice = LargeChoice { tokens: Some(tokens), blocks: Some(blocks) };
+            let plan = plan((512, 4096, 4096), choice).expect("there is one");
+            assert_eq!((SIZES[plan.size].tokens, plan.launch.grid), (tokens, (blocks, 1)));
         }
-        for (tokens, split) in [(64, 1), (256, 3), (256, 4)] {
-            let choice = LargeChoice { tokens: Some(tokens), split: Some(split) };
-            assert_eq!(Plan::new((512, 4096, 256), 132, choice), None, "{choice:?}");
-        }
-    }
-
-    /// What of up to 128 rows goes to which kernel, as measured on an H200.
-    #[test]
-    fn few_rows_go_to_the_faster_kernel() {
-        for (shape, large) in [
-            ((128, 14336, 4096), true),
-            ((128, 28672, 8192), true),
-            ((128, 4096, 14336), false),
-            ((64, 14336, 4096), false),
-            ((64, 4096, 14336), false),
-            ((64, 28672, 8192), false),
-            ((16, 14336, 4096), false),
-        ] {
-            let plan = Plan::new(shape, 132, LargeChoice::default()).expect("there is one");
-            assert_eq!(plan.cycles < matmul_wgmma::cycles(shape, 132), large, "{shape:?}");
+        for (tokens, blocks) in [(64, 1), (256, 133), (256, 65)] {
+            let choice = LargeChoice { tokens: Some(tokens), blocks: Some(blocks) };
+            assert_eq!(plan((512, 4096, 256), choice), None, "{choice:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! From 17 rows on compute capability 9.0: the kernel of cuda/src/four_bit_wgmma.cu.
+//! 17 to 64 rows on compute capability 9.0: the kernel of cuda/src/four_bit_wgmma.cu.
 
 use crate::codebook::Kind;
 use crate::device::cuda::{
@@ -9,26 +9,36 @@ use crate::error::Result;
 
 use super::group::GroupPiece;
 use super::matmul_small::mma_values;
+use super::split::{Cycles, Split};
 
 /// Most rows of x that the kernel is used for.
-pub(super) const MOST_ROWS: usize = 128;
+pub(super) const MOST_ROWS: usize = 64;
 
-/// Rows of x that a row of blocks takes, one kernel each.
-const TOKENS: [u32; 3] = [32, 64, 128];
+/// A kernel: the rows of weights and of x of its tiles.
+#[derive(Debug)]
+pub(super) struct Size {
+    tokens: u32,
+    rows: u32,
+    /// Cycles of a unit of 64 rows × 64 of K, measured.
+    unit: u64,
+    /// By dtype.
+    pub(super) kernels: [Kernel; 2],
+}
 
-/// By dtype and tokens; the second, with more rows a block, is not there where its registers would spill.
-pub(super) static WGMMA: [[[Option<Kernel>; 2]; 3]; 2] = [
-    [one("four_bit_wgmma_bf16_m32"), entries("four_bit_wgmma_bf16_m64"), one("four_bit_wgmma_bf16_m128")],
-    [one("four_bit_wgmma_f16_m32"), entries("four_bit_wgmma_f16_m64"), one("four_bit_wgmma_f16_m128")],
+const fn size(tokens: u32, rows: u32, unit: u64, families: [&'static str; 2], entry: &'static str) -> Size {
+    let [bf16, f16] = families;
+    Size { tokens, rows, unit, kernels: [Kernel::new(bf16, entry), Kernel::new(f16, entry)] }
+}
+
+const M32: [&str; 2] = ["four_bit_wgmma_bf16_m32", "four_bit_wgmma_f16_m32"];
+const M64: [&str; 2] = ["four_bit_wgmma_bf16_m64", "four_bit_wgmma_f16_m64"];
+
+pub(super) static SIZES: [Size; 4] = [
+    size(32, 128, 215, M32, "matmul_4bit_wgmma_r128"),
+    size(32, 192, 200, M32, "matmul_4bit_wgmma_r192"),
+    size(64, 128, 305, M64, "matmul_4bit_wgmma_r128"),
+    size(64, 192, 295, M64, "matmul_4bit_wgmma_r192"),
 ];
-
-const fn one(family: &'static str) -> [Option<Kernel>; 2] {
-    [Some(Kernel::new(family, "matmul_4bit_wgmma_r128")), None]
-}
-
-const fn entries(family: &'static str) -> [Option<Kernel>; 2] {
-    [Some(Kernel::new(family, "matmul_4bit_wgmma_r128")), Some(Kernel::new(family, "matmul_4bit_wgmma_r256"))]
-}
 
 /// Whether the device runs this kernel.
 pub(super) fn fits(gpu: &Device, dtype: Dtype) -> bool {
@@ -48,11 +58,14 @@ pub(super) unsafe fn launch(
     piece: &GroupPiece,
     kind: Kind,
     block: usize,
+    scratch: Option<Pointer>,
 ) -> Result<()> {
-    let plan = Plan::new(m, piece.n, k, gpu.multiprocessors);
+    let plan = Plan::new((m, piece.n, k), gpu.multiprocessors, scratch.is_some());
+    let size = plan.size;
     let (values, gain) = mma_values(kind, dtype);
     let (scales, nested, map, offset, nested_shift) = piece.absmax.parts();
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+    let [sums, flags, number, shared] = plan.split.words(size.numbers(), scratch);
     let problem = [
         scales,
         nested,
@@ -63,31 +76,30 @@ pub(super) unsafe fn launch(
         pair(m as u32, piece.n as u32),
         pair(k as u32, block.trailing_zeros()),
         pair(nested_shift, (1.0 / gain).to_bits()),
+        sums,
+        flags,
+        number,
+        shared,
     ];
-    let weights = matrix(piece.packed, MapElement::Byte, (piece.n, k / 2), plan.rows, Around::Bytes128)?;
-    let activations = matrix(x, MapElement::Half, (m, k), TOKENS[plan.tokens], Around::Bytes128)?;
+    let weights = matrix(piece.packed, MapElement::Byte, (piece.n, k / 2), size.rows, Around::Bytes128)?;
+    let activations = matrix(x, MapElement::Half, (m, k), size.tokens, Around::Bytes128)?;
     let arguments = Arguments::default().block(&weights).block(&activations);
     let mut arguments = values.into_iter().fold(arguments, Arguments::u64).block(&problem);
-    let kernel = WGMMA[dtype_index(dtype)][plan.tokens][usize::from(plan.rows == 256)].as_ref();
     // SAFETY: the arguments are those of `matmul_4bit_wgmma_*`; the caller vouches for the pointers.
-    unsafe { kernel.expect("plans name kernels that are there").launch(stream, plan.launch, &mut arguments) }
+    unsafe { size.kernels[dtype_index(dtype)].launch(stream, plan.launch(), &mut arguments) }
 }
 
-/// Cycles that a product (M, N, K) is expected to take.
-pub(super) fn cycles((m, n, k): (usize, usize, usize), multiprocessors: u32) -> u64 {
-    Plan::new(m, n, k, multiprocessors).cycles
+/// Scratch memory that a product (M, N, K) takes.
+pub(super) fn scratch_bytes(gpu: &Device, shape: (usize, usize, usize)) -> usize {
+    let plan = Plan::new(shape, gpu.multiprocessors, true);
+    plan.split.bytes(plan.size.numbers())
 }
 
 /// How a launch cuts up its product.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 struct Plan {
-    launch: Launch,
-    /// What it is expected to take.
-    cycles: u64,
-    /// Place in [`TOKENS`].
-    tokens: usize,
-    /// Of the weight, a block of threads: 128 or 256.
-    rows: u32,
+    size: &'static Size,
+    split: Split,
 }
 
 /// The kernel's rings end here, from the begin of the window of shared memory, whose first KB is the system's.
@@ -95,44 +107,36 @@ const SHARED: u32 = (128 + 96 - 1) * 1024;
 /// K of a stage.
 const STAGE: usize = 256;
 
+impl Size {
+    /// Sums of a tile.
+    fn numbers(&self) -> usize {
+        (self.rows * self.tokens) as usize
+    }
+}
+
 impl Plan {
-    fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Self {
-        let tokens = TOKENS.iter().position(|&t| m <= t as usize).unwrap_or(TOKENS.len() - 1);
-        let columns = m.div_ceil(TOKENS[tokens] as usize) as u32;
+    fn new((m, n, k): (usize, usize, usize), multiprocessors: u32, scratch: bool) -> Self {
         let stages = k.div_ceil(STAGE) as u32;
-        // Clusters that run at a time, one block a multiprocessor: on an H200 66 of 2, 39 of 3, 30 of 4.
-        let at_a_time = |cluster: u32| match cluster {
-            1 => multiprocessors,
-            2 => multiprocessors / 2,
-            3 => multiprocessors * 39 / 132,
-            _ => multiprocessors * 30 / 132,
-        };
-        let cost = |rows: u32, cluster: u32| {
-            let waves = ((n as u32).div_ceil(rows) * columns).div_ceil(at_a_time(cluster).max(1));
-            // Cycles: of a unit of 64 rows × 64 of K (measured), of the start and the end of a block, and of adding up a cluster's
-            // sums.
-            let unit = 120 + TOKENS[tokens] * 13 / 4;
-            let block = stages.div_ceil(cluster) * 4 * (rows / 64) * unit;
-            u64::from(waves) * u64::from(block + 4000 + (cluster - 1) * 600)
-        };
-        let sizes: &[u32] = if WGMMA[0][tokens][1].is_some() { &[128, 256] } else { &[128] };
-        let choices = sizes.iter().flat_map(|&rows| (1..=4).map(move |cluster| (rows, cluster)));
-        let choices = choices.filter(|&(_, cluster)| cluster == 1 || cluster <= stages);
-        let costs = choices.map(|(rows, cluster)| (cost(rows, cluster), rows, cluster));
-        let (cycles, rows, cluster) = costs.min_by_key(|&(cycles, ..)| cycles).unwrap_or((u64::MAX, 128, 1));
-        let computing = if TOKENS[tokens] <= 32 { 4 } else { 2 };
-        Self {
-            launch: Launch {
-                grid: ((n as u32).div_ceil(rows) * cluster, columns),
-                threads: 128 + computing * 128,
-                shared: SHARED,
-                cluster,
-                programmatic: true,
-            },
-            cycles,
-            tokens,
-            rows,
-        }
+        let tokens = if m <= 32 { 32 } else { 64 };
+        let plans = SIZES.iter().filter(|size| size.tokens == tokens).map(|size| {
+            let tiles = (n as u32).div_ceil(size.rows) * m.div_ceil(tokens as usize) as u32;
+            let cycles = Cycles {
+                block: 3000,
+                stage: u64::from(size.rows / 64 * 4) * size.unit,
+                tile: 1000,
+                wait: 1500,
+                add: 300 + u64::from(size.rows * size.tokens) / 16,
+            };
+            let (split, cycles) = Split::new((tiles, stages), multiprocessors, cycles, scratch);
+            (cycles, Self { size, split })
+        });
+        plans.min_by_key(|&(cycles, _)| cycles).expect("there are sizes for either number of tokens").1
+    }
+
+    fn launch(self) -> Launch {
+        // Warps that serve, and a warpgroup for 64 rows.
+        let threads = 128 + self.size.rows * 2;
+        Launch { grid: (self.split.blocks, 1), threads, shared: SHARED, cluster: 1, programmatic: true }
     }
 }
 
@@ -141,17 +145,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plans_cover_the_product() {
-        for m in [1, 9, 16, 17, 33, 64, 65, 128, 129, 500] {
+    fn every_block_has_a_part_of_the_product() {
+        for m in [1, 9, 16, 17, 33, 64, 65, 128, 500] {
             for n in [1, 16, 100, 1024, 4096, 14336, 28672, 1 << 20] {
                 for k in [64, 128, 256, 4096, 14336, 28672] {
-                    let plan = Plan::new(m, n, k, 132);
-                    let Launch { grid, threads, cluster, .. } = plan.launch;
-                    assert!(grid.0.is_multiple_of(cluster) && threads <= 640, "{m} {n} {k}: {plan:?}");
-                    assert!(u64::from(grid.0 / cluster * plan.rows) >= n as u64);
-                    assert!(grid.1 as usize * TOKENS[plan.tokens] as usize >= m);
-                    assert!(WGMMA[0][plan.tokens][usize::from(plan.rows == 256)].is_some());
-                    assert!(cluster == 1 || cluster as usize <= k.div_ceil(STAGE));
+                    for scratch in [false, true] {
+                        let plan = Plan::new((m, n, k), 132, scratch);
+                        let tiles = n.div_ceil(plan.size.rows as usize) * m.div_ceil(plan.size.tokens as usize);
+                        assert!(
+                            plan.split.shared as usize <= tiles && plan.launch().grid.0 <= 132,
+                            "{m} {n} {k}: {plan:?}"
+                        );
+                        assert!(plan.split.blocks as usize <= tiles * k.div_ceil(STAGE));
+                        assert!(scratch || plan.split.shared == 0);
+                    }
                 }
             }
         }

@@ -10,11 +10,12 @@ mod matmul_small;
 mod matmul_stream;
 mod matmul_wgmma;
 mod search;
+mod split;
 
 pub use elementwise::{dequantize, quantize};
 pub use experts::{clear_rows, matmul_experts, route_experts};
 pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
-pub use matmul::{fused, matmul, matmul_by_large};
+pub use matmul::{fused, large_scratch_bytes, matmul, matmul_by_large, scratch_bytes};
 pub use matmul_large::LargeChoice;
 pub use matmul_next::{NextRead, read_next};
 pub use search::{encode, quantize_search};
@@ -27,7 +28,6 @@ use elementwise::{DEQUANTIZE, QUANTIZE};
 use matmul::MATMUL_SIMT;
 use matmul_small::MATMUL_MMA;
 use matmul_stream::STREAM;
-use matmul_wgmma::WGMMA;
 use search::{ENCODE, SEARCH};
 
 /// NF4 is 0 and FP4 is 1 on the device.
@@ -57,8 +57,8 @@ pub fn preload(ordinal: i32, dtype: Dtype) -> Result<()> {
         }
     }
     if matmul_wgmma::fits(device(ordinal)?, dtype) {
-        for kernel in WGMMA[dtype_index(dtype)].iter().flatten().flatten() {
-            kernel.load(ordinal)?;
+        for size in &matmul_wgmma::SIZES {
+            size.kernels[dtype_index(dtype)].load(ordinal)?;
         }
         matmul_large::preload(ordinal, dtype)?;
     }
@@ -77,7 +77,7 @@ pub fn kernels() -> Vec<&'static Kernel> {
         .chain(&MATMUL_SIMT)
         .chain(mma)
         .chain(STREAM.iter().flatten().flatten())
-        .chain(WGMMA.iter().flatten().flatten().flatten())
+        .chain(matmul_wgmma::SIZES.iter().flat_map(|size| &size.kernels))
         .chain(matmul_large::kernels())
         .chain(experts::kernels())
         .collect()
