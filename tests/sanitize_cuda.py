@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 2
-    # Memory for sums and flags of products may hold anything; here it has been written, for initcheck.
-    torch.zeros(1 << 24, device="cuda")
+    # Sums and flags of products go where anything may be; here that has been written, for initcheck, large and small.
+    [torch.zeros(size, device="cuda") for size in [1 << 24, *[1 << 17] * 64]]
     for part in parts or PARTS:
         start = time.perf_counter()
         for dtype in DTYPES:

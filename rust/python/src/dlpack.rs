@@ -144,6 +144,11 @@ fn find_exchange_api(object: &Bound<'_, PyAny>) -> Option<(&'static ExchangeApi,
     Some((api, plain))
 }
 
+/// Whether an object is a torch tensor whose memory is what it says.
+pub(crate) fn is_plain(object: &Bound<'_, PyAny>) -> bool {
+    exchange_api(object).is_some_and(|(_, plain)| plain)
+}
+
 /// A tensor borrowed from Python.
 pub(crate) struct TensorRef {
     pub(crate) name: &'static str,

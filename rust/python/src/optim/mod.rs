@@ -1,5 +1,6 @@
 //! `OptimPlan`: the parameters of a group, updated by one call.
 
+mod ahead;
 #[cfg(feature = "cuda")]
 mod device;
 mod host;
@@ -146,14 +147,24 @@ impl Inner {
             let expected = format!("{} of them", self.slots.len());
             return Err(raise(Error::Value { argument: "grads", expected, got: given.len().to_string() }));
         }
-        let reader = Reader::of(self.slots[0].param.bind(py))?;
-        let mut gradients = Vec::with_capacity(self.slots.len());
-        for (i, slot) in self.slots.iter_mut().enumerate() {
-            let grad = match given {
-                Some(given) => given.get_item(i)?,
-                None => reader.grad(slot.param.bind(py))?,
+        let slots = &mut self.slots;
+        let objects: Vec<_> = if let Some(given) = given {
+            given.iter().collect()
+        } else {
+            let first = slots[0].param.bind(py);
+            let (reader, known) = (Reader::of(first)?, ahead::Known::of(first));
+            let grad = |(i, slot): (usize, &Slot)| {
+                ahead::before_grad(&known, i, |at| slots.get(at).map(|slot| slot.param.as_ptr()));
+                reader.grad(slot.param.bind(py))
             };
-            gradients.push(slot.take(plan.rule, plan.place, grad)?);
+            slots.iter().enumerate().map(grad).collect::<PyResult<_>>()?
+        };
+        let known = ahead::Known::of(objects.iter().find(|object| !object.is_none()).unwrap_or(&objects[0]));
+        let mut gradients = Vec::with_capacity(slots.len());
+        for (i, object) in objects.iter().enumerate() {
+            ahead::before_address(&known, i, |at| objects.get(at).map(Bound::as_ptr));
+            ahead::before_compare(i, |at| slots.get(at).map(|slot| (slot.state.as_ptr(), slot.seen_at())));
+            gradients.push(slots[i].take(plan.rule, plan.place, object.clone())?);
         }
         Ok(gradients)
     }

@@ -119,6 +119,12 @@ impl Slot {
         }
     }
 
+    /// Where the dict's keys and values are kept.
+    #[inline]
+    pub(super) fn seen_at(&self) -> *const u8 {
+        self.seen.as_ptr().cast()
+    }
+
     /// Checks a gradient, which may be None, and brings all but the count of steps up to date for it.
     pub(super) fn take<'py>(&mut self, rule: Rule, place: Place, object: Bound<'py, PyAny>) -> PyResult<Gradient<'py>> {
         if object.is_none() {
