@@ -51,8 +51,8 @@ def schedules(t, beta1, beta3, alpha, t_alpha, t_beta3):
 
 def update(rule, p, g, s1, s2, t, lr, *, beta1=0.9, beta2=0.999, beta3=0.0, alpha=0.0, eps=1e-8, weight_decay=0.0,
            decay="decoupled", bias_correction=True, dampening=0.0, nesterov=False, maximize=False, max_unorm=0.0,
-           t_alpha=None, t_beta3=None):  # fmt: skip
-    """One step of one tensor, all fp64: the change of `p`, and its new states."""
+           t_alpha=None, t_beta3=None, still=None):  # fmt: skip
+    """One step of one tensor, all fp64: the change of `p`, and its new states; of elements that stand `still` too."""
     if maximize:
         g = -g
     if decay == "l2":
@@ -79,7 +79,8 @@ def update(rule, p, g, s1, s2, t, lr, *, beta1=0.9, beta2=0.999, beta3=0.0, alph
         s1 = s1 + g * g
         step = g / (s1.sqrt() + eps)
     if max_unorm > 0 and rule in ("lars", "lamb"):
-        length, limit = step.norm(), max_unorm * p.norm()
+        # What is not moved has no part in an update's length.
+        length, limit = (step if still is None else step.masked_fill(still, 0)).norm(), max_unorm * p.norm()
         step = step * (limit / length if length > limit else 1.0)
     shrink = lr * weight_decay * p if decay == "decoupled" else 0.0
     return lr * step + shrink, s1, s2
@@ -129,7 +130,7 @@ class ReferencePlan:
         still = ~g.isfinite() | ((g == 0) & skip_zeros)
         change, s1, s2 = update(
             self.rule, value, g.masked_fill(still, 0), read["1"], read["2"], int(state["step"]), lr,
-            weight_decay=weight_decay, **options,
+            weight_decay=weight_decay, still=still, **options,
         )  # fmt: skip
         new = torch.where(still, value, value - change)
         for which, fresh in (("1", s1), ("2", s2)):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from optim_reference import ReferencePlan, arguments_of, decode
 
@@ -235,6 +235,8 @@ VALUES = st.sampled_from([0.0, -0.0, 1.0, -1e-3, 1e-20, -1e-38, 1e-42, 3e4, math
     specials=st.lists(st.tuples(st.integers(0, 10**6), VALUES), max_size=12),
     skip_zeros=st.booleans(),
 )
+@example("lars", 3, torch.float32, torch.float32, 8, [(0, math.inf)], False)
+@example("lamb", 2, torch.float32, torch.float16, 32, [(0, math.nan)], True)
 def test_any_size_dtype_and_gradient(rule, n, dtype, gradient, bits, specials, skip_zeros):
     check_any(rule, n, dtype, gradient, bits, specials, skip_zeros, "cpu")
 
