@@ -20,8 +20,8 @@
 //
 // Warps: 0 copies x by the tensor memory accelerator, 1 and 2 packed weights, 3 scales; then two warpgroups multiply.
 //
-// Blocks share what is no whole number of tiles for each of them along K (split.cuh): on 132 multiprocessors 112 tiles take 0.85 of
-// what one tile takes, and not all of it. Of that a tile of 256 tokens costs 128 KB written to and 128 KB read from the L2.
+// Where tiles are no whole number for each block, blocks share some along K (split.cuh): 112 tiles would leave 20 of 132 multiprocessors
+// idle. A tile that two share costs its sums, 128 KB of 256 tokens, written to the L2 and read again.
 //
 // Shared memory from the begin of its window: barriers at 2 K, map at 3 K; at 4 K the last stage of x; scales at 36 K; results at
 // 40 K; table at 64 K; x at 128 K.

@@ -2,8 +2,8 @@
 //
 //   x [M, K] 16-bit, w packed [N·K / 2] in bitsandbytes' layout, scales one a block of 2^log2_block ≥ 64, out [M, N]; K % 64 = 0
 //
-// For sm_90a alone. A tile is ROWS (128 or 192) rows of weights × TOKENS (32 or 64) rows of x; what is no whole number of tiles for each
-// block, blocks share along K (split.cuh). Weights are the operand in registers, so that they go from packed bytes to the tensor cores
+// For sm_90a alone. A tile is ROWS (128 or 192) rows of weights × TOKENS (32 or 64) rows of x; where they are no whole number for each
+// block, blocks share some along K (split.cuh). Weights are the operand in registers, so that they go from packed bytes to the tensor cores
 // without being stored again; x is the one in shared memory:
 //
 //             K →   stage of 256           stage of 256
@@ -284,11 +284,11 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
     }
 }
 
-#define ENTRY(rows, GROUPS)                                                                                                  \
-    KERNEL __launch_bounds__(Shape<GROUPS>::THREADS, 1)                                                                     \
-        matmul_4bit_wgmma_r##rows(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x, u64 values0,      \
-                                  u64 values1, u64 values2, u64 values3, const __grid_constant__ Problem problem) {                 \
-        product<GROUPS>(weights, x, Values{{values0, values1, values2, values3}}, problem);                                  \
+#define ENTRY(rows, GROUPS)                                                                                                    \
+    KERNEL __launch_bounds__(Shape<GROUPS>::THREADS, 1)                                                                        \
+        matmul_4bit_wgmma_r##rows(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x, u64 values0, \
+                                  u64 values1, u64 values2, u64 values3, const __grid_constant__ Problem problem) {            \
+        product<GROUPS>(weights, x, Values{{values0, values1, values2, values3}}, problem);                                    \
     }
 ENTRY(128, 2)
 ENTRY(192, 3)

@@ -46,7 +46,7 @@ static SIZES: [Size; 2] = [
 pub struct LargeChoice {
     /// Tokens of a tile: 128 or 256.
     pub tokens: Option<u32>,
-    /// Blocks, at most one a multiprocessor, that share what tiles do not come out even.
+    /// Blocks that have the tiles, at most one a multiprocessor; where these do not come out even, they share some along K.
     pub blocks: Option<u32>,
 }
 
