@@ -2,8 +2,9 @@
 
 ``python benches/vllm_decode.py bf16 halfbyte bitsandbytes halfbyte-quantized`` with vLLM 0.24 or later, on a GPU with
 20 GB free; ``bitsandbytes`` is vLLM's own method up to 0.27, which needs that library. The default is Llama-3-8B's
-shape: 16 GB in ``--folder``. CUDA graphs of whole decode steps and no ``torch.compile``; a step is the difference
-between long and short answers over their difference in tokens, so that prefill falls out; the median of three.
+shape: 16 GB in ``--folder``. CUDA graphs of whole decode steps and no ``torch.compile``, or ``--compile``, what vLLM
+does by default; a step is the difference between long and short answers over their difference in tokens, so that
+prefill falls out; the median of three.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/halfbyte-vllm"))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 256")
+    parser.add_argument("--compile", action="store_true", help="compile as vLLM does by default")
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     source = arguments.folder / f"{arguments.hidden}-{arguments.layers}"
@@ -55,11 +57,11 @@ def main() -> None:
             command = ["-m", "halfbyte", "quantize", source, model, *convert, "--device", device, "--overwrite"]
             subprocess.run([sys.executable, *map(str, command)], check=True)
         if arguments.only:
-            measure(method, model)
+            measure(method, model, arguments.compile)
         else:
             environment = {"VLLM_PLUGINS": "halfbyte" if plugin else "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             same = ["--folder", arguments.folder, "--layers", arguments.layers, "--hidden", arguments.hidden]
-            command = [sys.executable, __file__, method, "--only", *map(str, same)]
+            command = [sys.executable, __file__, method, "--only", *map(str, same), *["--compile"] * arguments.compile]
             subprocess.run(command, check=False, env=os.environ | environment)
 
 
@@ -119,19 +121,20 @@ def make(folder: Path, hidden: int, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def measure(method: str, model: Path) -> None:
+def measure(method: str, model: Path, compiled: bool) -> None:
     """Print the time that vLLM takes to be ready, and of a step at each batch size."""
     from vllm import LLM, SamplingParams
 
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    graphs = {"mode": 0}
+    graphs: dict[str, object] = {} if compiled else {"mode": 0}
     if torch.cuda.is_available():
-        sizes = [1 << i for i in range(max(BATCHES).bit_length())]
-        graphs |= {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+        graphs["cudagraph_capture_sizes"] = [1 << i for i in range(max(BATCHES).bit_length())]
+        graphs |= {} if compiled else {"cudagraph_mode": "FULL_DECODE_ONLY"}
     options = METHODS[method][0] | {"max_model_len": 1024, "max_num_seqs": max(BATCHES), "compilation_config": graphs}
+    name = method + "+compile" * compiled
     start = time.perf_counter()
     llm = LLM(str(model), dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False, **options)
-    print(json.dumps({"method": method, "ready_s": round(time.perf_counter() - start, 1)}), flush=True)
+    print(json.dumps({"method": name, "ready_s": round(time.perf_counter() - start, 1)}), flush=True)
 
     def answer(batch: int, tokens: int, seed: int) -> float:
         draw = random.Random(seed)
@@ -145,7 +148,7 @@ def measure(method: str, model: Path) -> None:
         answer(batch, SHORT, 0)
         steps = [(answer(batch, LONG, seed) - answer(batch, SHORT, seed)) / (LONG - SHORT) for seed in range(3)]
         step = statistics.median(steps)
-        row = {"method": method, "batch": batch, "tok_s": round(batch / step, 1), "step_ms": round(step * 1e3, 3)}
+        row = {"method": name, "batch": batch, "tok_s": round(batch / step, 1), "step_ms": round(step * 1e3, 3)}
         print(json.dumps(row), flush=True)
 
 
