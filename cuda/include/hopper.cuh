@@ -79,8 +79,8 @@ DEVICE u32 grid_size() {
     return size;
 }
 
-// A flag in global memory. What the block of who raises it has written before a barrier before that is visible behind who has waited for it.
-
+// A flag in global memory. What a block has written before a barrier, after which one of its threads raises the flag, is visible to who has
+// waited for it.
 DEVICE void raise_flag(u64* flag, u64 raised) { asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(flag), "l"(raised) : "memory"); }
 DEVICE void wait_for_flag(const u64* flag, u64 raised) {
     u64 seen;

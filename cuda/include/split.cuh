@@ -30,8 +30,8 @@ struct Piece { u32 tile, begin, end; };  // stages of a tile
 
 // How the line is cut.
 struct Cut {
-    u32 stages, blocks, each, longer;  // stages of a part; so many parts have one more
-    DEVICE Cut(u32 shared, u32 stages) : stages(stages), blocks(grid_size()) {
+    u32 blocks, each, longer;  // stages of a part; so many parts have one more
+    DEVICE Cut(u32 shared, u32 stages) : blocks(grid_size()) {
         const u32 line = shared * stages;
         each = line / blocks, longer = line % blocks;
     }

@@ -46,20 +46,19 @@ constexpr u32 MOST_STAGES = 12;
 template <u32 GROUPS> struct Shape {
     static constexpr u32 ROWS = 64 * GROUPS, COMPUTING = GROUPS * 128, THREADS = SERVING + COMPUTING;
     // Weights and activations have rings on either side of the table.
-    static constexpr bool WEIGHTS_HIGH = TOKENS <= 32 || ROWS > 128;
+    static constexpr bool WEIGHTS_HIGH = TOKENS == 32 || GROUPS == 3;
     static constexpr u32 WEIGHTS_AT = WEIGHTS_HIGH ? HIGH_AT : LOW_AT, X_AT = WEIGHTS_HIGH ? LOW_AT : HIGH_AT;
     static constexpr u32 STAGE_BYTES = ROWS * STAGE_K / 2;
     static constexpr u32 STAGES = (WEIGHTS_HIGH ? HIGH_BYTES : LOW_BYTES) / STAGE_BYTES;
     static constexpr u32 BOX_BYTES = TOKENS * 128;             // 64 of K
-    static constexpr u32 X_BOXES = TOKENS == 32 || (TOKENS == 64 && ROWS == 128) ? 2 : 1;  // that come together
+    static constexpr u32 X_BOXES = TOKENS == 32 || GROUPS == 2 ? 2 : 1;  // that come together
     static constexpr u32 X_BYTES = BOX_BYTES * X_BOXES;
-    static constexpr u32 X_ALL = (WEIGHTS_HIGH ? LOW_BYTES : HIGH_BYTES) / X_BYTES;
-    static constexpr u32 X_STAGES = X_ALL < MOST_STAGES ? X_ALL : MOST_STAGES;
-    static constexpr bool TWO_SUMS = TOKENS <= 32 || (TOKENS == 64 && GROUPS == 2);  // of units under way
+    static constexpr u32 X_STAGES = (WEIGHTS_HIGH ? LOW_BYTES : HIGH_BYTES) / X_BYTES;
+    static constexpr bool TWO_SUMS = TOKENS == 32 || GROUPS == 2;        // of units under way
     // Together no more than the block has from the start: 512 × 128 or 384 × 168.
     static constexpr u32 GIVEN = 56, TAKEN = GROUPS == 3 ? 144 : 224;
     using TileSums = Sums<COMPUTING, TOKENS / 2>;
-    static_assert(STAGES >= 3 && STAGES <= MOST_STAGES && X_STAGES >= 3 && STAGES * (ROWS / 8) <= 256, "rings");
+    static_assert(STAGES >= 3 && STAGES <= MOST_STAGES && X_STAGES >= 3 && X_STAGES <= MOST_STAGES && STAGES * (ROWS / 8) <= 256, "rings");
     static_assert(RESULTS_AT + GROUPS * RESULT_BYTES<TOKENS> <= LOW_AT, "results");
 };
 
@@ -221,14 +220,6 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                         Wgmma<ELEMENT, TOKENS>::add(d, a[u % 2][s], operand + 2 * s, s == 0);
                     mma_commit();
 
-                    auto finish = [&](u32 v) {  // unit v, maybe UNITS - 1 of the stage before
-                        auto& done = fresh[S::TWO_SUMS ? v % 2 : 0];
-                        pin(done);
-#pragma unroll
-                        for (u32 s = 0; s < 4; ++s)
-#pragma unroll
-                            for (u32 i = 0; i < 4; ++i) keep(a[v % 2][s][i]);
-                    };
                     auto advance = [&] {  // decodes the unit after this one
                         if (u + 1 < UNITS) {
                             decode(a[(u + 1) % 2], u + 1);
@@ -245,17 +236,21 @@ DEVICE void product(const TensorMap& weights_map, const TensorMap& x_map, const 
                         }
                     };
                     auto complete = [&](u32 v) {  // unit v, which is done
-                        finish(v);
+                        auto& done = fresh[S::TWO_SUMS ? v % 2 : 0];
+                        pin(done);
+#pragma unroll
+                        for (u32 s = 0; s < 4; ++s)
+#pragma unroll
+                            for (u32 i = 0; i < 4; ++i) keep(a[v % 2][s][i]);
                         if ((v + 1) % PER_X == 0 && lane == 0) {
                             const u32 x_stage = v == u ? x_turn.stage : x_turn.stage == 0 ? S::X_STAGES - 1 : x_turn.stage - 1;
                             barrier_arrive(x_empty + x_stage * 8);
                         }
-                        const auto& d = fresh[S::TWO_SUMS ? v % 2 : 0];
                         const float low = element(scales[0][0], v), high = element(scales[0][1], v);
 #pragma unroll
                         for (u32 j = 0; j < EACH; j += 4) {
-                            sums[j] = fmaf(d[j], low, sums[j]), sums[j + 1] = fmaf(d[j + 1], low, sums[j + 1]);
-                            sums[j + 2] = fmaf(d[j + 2], high, sums[j + 2]), sums[j + 3] = fmaf(d[j + 3], high, sums[j + 3]);
+                            sums[j] = fmaf(done[j], low, sums[j]), sums[j + 1] = fmaf(done[j + 1], low, sums[j + 1]);
+                            sums[j + 2] = fmaf(done[j + 2], high, sums[j + 2]), sums[j + 3] = fmaf(done[j + 3], high, sums[j + 3]);
                         }
                     };
                     // At the end of a stage nothing is under way: ptxas follows sums of the tensor cores through straight code only.

@@ -298,7 +298,7 @@ pub(crate) fn matmul(
             }
             let bytes = four_bit::cuda::scratch_bytes(device, dtype, shape, blocksize).map_err(raise)?;
             let scratch = Scratch::beside(like, place, bytes)?;
-            let memory = Scratch::address(scratch.as_ref());
+            let memory = scratch.as_ref().map(Scratch::address);
             let stream = crate::stream_of(x, device)?;
             let bias = bias.map(|bias| bias.address() as u64);
             let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
@@ -381,8 +381,8 @@ pub(crate) fn matmul_4bit_large(
     let choice = four_bit::cuda::LargeChoice { tokens: set(tokens), blocks: set(blocks) };
     let absmax = scales.device();
     let bytes = four_bit::cuda::large_scratch_bytes(device, shape, choice).map_err(raise)?;
-    let scratch = Scratch::beside(like, place, bytes.max(16))?;
-    let memory = Scratch::address(scratch.as_ref()).unwrap_or(0);
+    let scratch = Scratch::beside(like, place, bytes)?;
+    let memory = scratch.as_ref().map(Scratch::address);
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
     unsafe {
         four_bit::cuda::matmul_by_large(

@@ -8,6 +8,8 @@ use pyo3::prelude::*;
 use crate::dlpack::{Place, TensorRef};
 use crate::errors::raise;
 use crate::four_bit::{Scales, expect_packed, parse_kind, product_shape, with_type};
+#[cfg(feature = "cuda")]
+use crate::scratch::Scratch;
 use crate::{check_together, detached, expect_len, shape_error};
 
 /// A weight of a group: packed, absmax, out, bias, and the four of nested scales.
@@ -102,8 +104,8 @@ pub(crate) fn matmul_4bit_group(
                 let bytes = four_bit::cuda::scratch_bytes(device, dtype, (m, piece.n, k), blocksize).map_err(raise)?;
                 most = most.max(bytes);
             }
-            let scratch = crate::scratch::Scratch::beside(like, place, most)?;
-            let memory = crate::scratch::Scratch::address(scratch.as_ref());
+            let scratch = Scratch::beside(like, place, most)?;
+            let memory = scratch.as_ref().map(Scratch::address);
             let x = x.address() as u64;
             // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
             unsafe { four_bit::cuda::matmul_group(&stream, dtype, x, (m, k), &pieces, kind, blocksize, memory) }

@@ -29,7 +29,7 @@ impl<'py> Scratch<'py> {
         Ok(large_enough.then(|| Self { address: view.address() as u64, _tensor: tensor }))
     }
 
-    pub(crate) fn address(this: Option<&Self>) -> Option<u64> {
-        this.map(|scratch| scratch.address)
+    pub(crate) fn address(&self) -> u64 {
+        self.address
     }
 }

@@ -29,13 +29,13 @@ pub(super) static MATMUL_SIMT: [Kernel; 3] = [
 pub fn fused(ordinal: i32, dtype: Dtype, (m, n, k): (usize, usize, usize), block: usize) -> Result<bool> {
     check_four_bit_block(block)?;
     let gpu = device(ordinal)?;
-    let takes = m <= most_rows(gpu, dtype, k, block) || large(gpu, dtype, (m, n, k), block, &[]);
+    let takes = m <= most_rows(gpu, dtype, k, block) || large(gpu, dtype, (m, n, k), block);
     Ok(takes && i32::try_from(n.max(k)).is_ok())
 }
 
 /// Whether the kernel for many rows is the one to take.
-fn large(gpu: &Device, dtype: Dtype, shape: (usize, usize, usize), block: usize, tensors: &[Pointer]) -> bool {
-    tensor_cores(gpu, dtype, shape.2, block, tensors) && matmul_large::takes(gpu, dtype, shape)
+fn large(gpu: &Device, dtype: Dtype, shape: (usize, usize, usize), block: usize) -> bool {
+    tensor_cores(gpu, dtype, shape.2, block, &[]) && matmul_large::takes(gpu, dtype, shape)
 }
 
 fn most_rows(gpu: &Device, dtype: Dtype, k: usize, block: usize) -> usize {
@@ -114,7 +114,7 @@ pub unsafe fn matmul(
     check_four_bit_block(block)?;
     let gpu = device(stream.device)?;
     let most = most_rows(gpu, dtype, k, block);
-    if m > most && !large(gpu, dtype, (m, n, k), block, &[]) {
+    if m > most && !large(gpu, dtype, (m, n, k), block) {
         return Err(Error::shape("x", format!("at most [{most}, K] on this GPU"), format!("[{m}, {k}]")));
     }
     check_columns(n, k)?;
@@ -205,7 +205,7 @@ pub unsafe fn matmul_by_large(
     block: usize,
     bias: Option<Pointer>,
     out: Pointer,
-    scratch: Pointer,
+    scratch: Option<Pointer>,
     choice: LargeChoice,
 ) -> Result<bool> {
     check_four_bit_block(block)?;
@@ -217,7 +217,7 @@ pub unsafe fn matmul_by_large(
     if m > 0 && n > 0 {
         let piece = GroupPiece { n, packed, absmax, bias, out };
         // SAFETY: passed on; shape and alignment are as the kernel wants them.
-        unsafe { matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, Some(scratch), choice)? };
+        unsafe { matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, scratch, choice)? };
     }
     Ok(true)
 }

@@ -167,9 +167,9 @@ impl Plan {
             let (split, cycles) = match choice.blocks {
                 None => Split::new((tiles, stages), multiprocessors, cycles, scratch),
                 Some(blocks) => {
-                    let there_are =
-                        scratch && (1..=multiprocessors.min(tiles.saturating_mul(stages))).contains(&blocks);
-                    (there_are.then(|| Split::even(tiles, blocks))?, 0)
+                    let there_are = (1..=multiprocessors.min(tiles.saturating_mul(stages))).contains(&blocks);
+                    let split = there_are.then(|| Split::even(tiles, blocks))?;
+                    ((scratch || split.shared == 0).then_some(split)?, 0)
                 }
             };
             let launch =
