@@ -57,6 +57,7 @@ FAMILIES = [
     Family("four_bit_search", "four_bit_search.cu", ("75", "80")),
     Family("four_bit_simt", "four_bit_simt.cu", ("75", "80")),
     Family("eight_bit", "eight_bit.cu", ("75", "80")),
+    Family("gate", "gate.cu", ("75", "90")),
 ]
 ELEMENTS = {"bf16": "Bf16", "f16": "F16"}
 FAMILIES += [

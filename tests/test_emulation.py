@@ -57,16 +57,19 @@ KB = 1024
 
 def stream(draw, kernel, k):
     """As ``Plan`` of matmul_stream.rs, on a GPU with few multiprocessors."""
-    rows = [draw.choice([1, 16, 17, 40, 64, 100, 160, 300]) for _ in range(draw.choice([1, 1, 2, 3]))]
+    gate = draw.choice([0, 0, 0, 1, 2]) if kernel.tokens == 8 else 0
+    sizes = [16, 17, 40, 64, 100, 160] if gate else [1, 16, 17, 40, 64, 100, 160, 300]
+    rows = [draw.choice(sizes) for _ in range(draw.choice([1, 1, 2, 3]))]
     cluster, multiprocessors = draw.choice([1, 1, 2]), draw.choice([2, 3, 4, 6])
-    all_tiles = [ceil(n / 16) for n in rows]
+    step = 2 if gate else 1  # pairs of tiles
+    all_tiles = [ceil(n / 16) * step for n in rows]
 
     def clusters(tiles):
         return sum(ceil(t / tiles) for t in all_tiles)
 
-    tiles = 1
+    tiles = step
     while clusters(tiles) > max(multiprocessors // cluster, len(rows)):
-        tiles += 1
+        tiles += step
     if cluster == 2 and tiles > 8:
         cluster = 1
     slices = ceil(ceil(k / 128) / cluster)
@@ -79,7 +82,8 @@ def stream(draw, kernel, k):
     static = {(8, 0): 4, (8, 1): 8, (16, 0): 1, (16, 1): 5}[kernel.tokens, kernel.nested]
     shared = (128 + most - static) * KB + (2 if few else 3) * stage
     threads = (warps + (2 if few and not kernel.nested else 4)) * 32
-    return {"n": rows, "tiles": tiles, "cluster": cluster, "shared": shared, "threads": threads, "registers": 128}
+    sizes = {"shared": shared, "threads": threads, "registers": 128}
+    return {"n": rows, "tiles": tiles, "cluster": cluster, "gate": gate, "settled": draw.choice([0, 1]), **sizes}
 
 
 def mma(draw, kernel, m, k):
@@ -161,14 +165,13 @@ MISTAKES = {
     ),
     "a stage is filled before it is empty": (
         "stream bf16",
-        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n"
-        "        copy_weights<BEGIN, BEGIN + HALF>",
-        "        copy_weights<BEGIN, BEGIN + HALF>",
+        "        barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);\n        copy_weights<TILE>",
+        "        copy_weights<TILE>",
     ),
     "sums are added before all are there": (
         "stream bf16",
-        "                named_barrier(1, threads);\n                for (u32 i = threadIdx.x; i < min(COUNT",
-        "                for (u32 i = threadIdx.x; i < min(COUNT",
+        "                named_barrier(1, threads);\n                auto total",
+        "                auto total",
     ),
     "a barrier counts too few": ("stream f16", "whole ? WARP", "whole ? WARP - 1"),
     "a barrier of codes counts too few": (

@@ -95,6 +95,8 @@ def test_prequantized_checkpoints(checkpoints, prompts):
         check(name, texts(answer), expected)
         kinds = {kind for kind, *_ in answer["layers"].values()}
         assert kinds == {"HalfbyteLinearMethod"}, name
+        assert set(answer["gates"]) == {"silu"}
+        assert len(answer["gates"]) == sum("down_proj" in name for name in answer["layers"])
         _, dtype, codes, _ = answer["layers"]["model.layers.0.self_attn.qkv_proj.weight"]
         assert (dtype, codes) == (("torch.int8", [512, 256]) if name == "int8" else ("torch.uint8", [512, 128]))
 
@@ -201,7 +203,7 @@ def test_adapter(checkpoints, prompts, tmp_path):
     folder, _ = checkpoints["nf4"]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(model, config).eval()
     model.save_pretrained(tmp_path)
     few = prompts[:6]

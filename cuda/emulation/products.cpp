@@ -32,10 +32,10 @@ struct Code {
     }
 };
 
-// A weight [n, k] and what is to come of it.
+// A weight [n, k] and what is to come of it: of a gated one, [2 · n, k], one output for two rows.
 struct Matrix {
     static constexpr u32 MARGIN = 8, UNTOUCHED = 0x1234;
-    u32 n, k, block;
+    u32 n, k, block, gate;
     bool is_nested;
     u8* packed;
     std::vector<u8> codes;
@@ -45,17 +45,19 @@ struct Matrix {
     ELEMENT* out;  // with a margin on both sides
 
     // Scales begin `shift` entries further on, for alignments that are none.
-    Matrix(u32 n, u32 k, u32 block, bool is_nested, u32 m, u32 shift) : n(n), k(k), block(block), is_nested(is_nested), shift(shift) {
-        packed = guarded<u8>(size_t(n) * k / 2);
-        for (size_t i = 0; i < size_t(n) * k / 2; ++i) packed[i] = u8(generator());
-        const size_t blocks = (size_t(n) * k + block - 1) / block;
+    Matrix(u32 n, u32 k, u32 block, bool is_nested, u32 m, u32 shift, u32 gate)
+        : n(n), k(k), block(block), gate(gate), is_nested(is_nested), shift(shift) {
+        const size_t rows = gate ? 2 * n : n;
+        packed = guarded<u8>(rows * k / 2);
+        for (size_t i = 0; i < rows * k / 2; ++i) packed[i] = u8(generator());
+        const size_t blocks = (rows * k + block - 1) / block;
         for (size_t i = 0; i < blocks + shift; ++i) {
             absmax.push_back(0.02f + 0.03f * float(generator() % 1000) / 1000.f);
             codes.push_back(u8(generator()));
         }
         for (size_t i = 0; i <= blocks >> 8; ++i) nested.push_back(0.01f + 0.01f * float(generator() % 100) / 100.f);
         for (int i = 0; i < 256; ++i) map.push_back(float(i - 127) / 127.f);
-        for (u32 i = 0; i < n; ++i) bias.push_back(element_of(normal() * 0.5f));
+        for (size_t i = 0; i < rows; ++i) bias.push_back(element_of(normal() * 0.5f));
         out = guarded<ELEMENT>(size_t(m) * n + 2 * MARGIN);
         for (size_t i = 0; i < size_t(m) * n + 2 * MARGIN; ++i) out[i].bits = UNTOUCHED;
     }
@@ -66,8 +68,13 @@ struct Matrix {
     double worst(const ELEMENT* x, u32 m, const Code& code, bool biased) const {
         double largest = 0;
         const double rounding = (IS_F16 ? 0x1p-10 : 0x1p-7) * 0.51;
-        std::vector<double> weights(k);
-        for (u32 row = 0; row < n; ++row) {
+        // Sums of a row with all tokens, and the sums of what is added in size.
+        struct Sum {
+            double value, size;
+        };
+        auto sums = [&](u32 row) {
+            std::vector<double> weights(k);
+            std::vector<Sum> of(m);
             for (u32 i = 0; i < k; ++i) {
                 const size_t at = size_t(row) * k + i;
                 const float value = code.table[at % 2 ? packed[at / 2] & 15 : packed[at / 2] >> 4], s = scale(at / block);
@@ -78,10 +85,23 @@ struct Matrix {
 #endif
             }
             for (u32 token = 0; token < m; ++token) {
-                double sum = biased ? to_float(bias[row]) : 0, size = 0;
+                of[token] = {biased ? to_float(bias[row]) : 0, 0};
                 for (u32 i = 0; i < k; ++i) {
                     const double product = weights[i] * to_float(x[size_t(token) * k + i]);
-                    sum += product, size += std::abs(product);
+                    of[token].value += product, of[token].size += std::abs(product);
+                }
+            }
+            return of;
+        };
+        for (u32 row = 0; row < n; ++row) {
+            const std::vector<Sum> values = sums(row), ups = gate ? sums(n + row) : values;
+            for (u32 token = 0; token < m; ++token) {
+                auto [sum, size] = values[token];
+                if (gate) {
+                    const auto [up, more] = ups[token];
+                    // Neither function is steeper than 1.13.
+                    const double z = gate == 1 ? sum : 2 * std::sqrt(2 / M_PI) * (sum + 0.044715 * sum * sum * sum), a = sum / (1 + std::exp(-z));
+                    size = 1.13 * size * std::abs(up) + std::abs(a) * (more + std::abs(up) * 0.1), sum = a * up;
                 }
                 const double got = to_float(out[MARGIN + size_t(token) * n + row]);
                 const double error = std::abs(got - sum) / (std::abs(sum) * rounding + size * 1e-5 + 1e-30);
@@ -128,10 +148,11 @@ int main(int count, char** arguments) {
     const Code code(settings.get("fp4", 0));
     ELEMENT* const x = guarded<ELEMENT>(size_t(m) * k);
     for (size_t i = 0; i < size_t(m) * k; ++i) x[i] = element_of(normal());
+    const u32 gate = settings.get("gate", 0);
     std::vector<Matrix> matrices;
     const std::vector<u32> rows = settings.list("n");
     matrices.reserve(rows.size());
-    for (const u32 n : rows) matrices.emplace_back(n, k, block, settings.get("nested", 0), m, settings.get("shift", 0));
+    for (const u32 n : rows) matrices.emplace_back(n, k, block, settings.get("nested", 0), m, settings.get("shift", 0), gate);
 
     machine::Launch launch = {settings.get("threads", 384), settings.get("cluster", 1), settings.get("blocks_x", 1), settings.get("blocks_y", 1),
                               settings.get("registers", 168), settings.get("shared", 0)};
@@ -166,7 +187,7 @@ int main(int count, char** arguments) {
         piece.out = matrices[i].out + Matrix::MARGIN;
         piece.N = matrices[i].n;
         piece.first = first;
-        first += ((matrices[i].n + 15) / 16 + tiles - 1) / tiles;
+        first += ((matrices[i].n + 15) / 16 * (gate ? 2 : 1) + tiles - 1) / tiles;
     }
     launch.blocks_x = first * launch.cluster;
     // What it is told to fetch for the next launch, in matmul_next.rs's words: of some rows the begin, of some all.
@@ -180,7 +201,8 @@ int main(int count, char** arguments) {
             for (u32 at = 0; at < some.bytes; at += 128) expected.push_back(some.base + u64(row) * some.stride + at);
     }
     machine::run(launch, weather, [&] {
-        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, u32(matrices.size()), pieces, next);
+        matmul_4bit_stream(x, m, k, log2_block, nested_shift, v[0], v[1], v[2], v[3], ungain, tiles, u32(matrices.size()), gate,
+                           settings.get("settled", 0), pieces, next);
     });
     std::sort(expected.begin(), expected.end()), std::sort(machine::fetched.begin(), machine::fetched.end());
     if (expected != machine::fetched) machine::fail("not what was to be fetched for the next launch");

@@ -98,16 +98,29 @@ struct Turn {
 // What all warps of a block know of its share of the work.
 struct Share {
     u32 warps;                 // that compute
-    u32 N, blocks;             // rows; blocks of 64 in a row
+    u32 blocks;                // of 64 in a row
     u32 first, last, steps;    // blocks of 64 of this block's part of K; steps that it takes
     u32 first_tile, tiles;     // of 16 rows
+    // Where the two tiles of a stage have their rows. As rows follow each other: a tile is 16 rows on, `end` is where this block's share ends. Of a
+    // gated weight, which is two of N rows one behind the other, each pair of tiles has the same 16 rows of both: a tile is 8 rows on, and the
+    // second tile N - 16 rows further than it would be.
+    u32 tile_rows, skipped, end;
     u32 full, empty, codes, begin;  // shared addresses
     // The first stage ends where the pair table begins, the others lie behind it.
     DEVICE u32 stage(u32 i) const { return begin + (i == 0 ? FIRST_AT : RING_AT + (i - 1) * STAGE_BYTES); }
     // The barrier that says that tile 0 or 1 of a stage has landed.
     DEVICE u32 landed(u32 stage, u32 tile) const { return full + (stage * PARTS + tile % PARTS) * 8; }
     DEVICE u32 scales(u32 i) const { return stage(i) + ROWS * ROW_BYTES; }
-    DEVICE u32 rows(u32 row0) const { return min(min(ROWS, N - row0), (first_tile + tiles) * 16 - row0); }
+    // Rows of a stage's tile 0 or 1 that there are.
+    DEVICE u32 rows(u32 row0, u32 tile) const {
+        const u32 from = row0 + tile * (2 * tile_rows - HALF);
+        return from < end ? min(end - from, HALF) : 0;
+    }
+    // Whether there is a stage's row 0 … 31 (in fewer registers than by `rows`), and where that is in the weight.
+    DEVICE bool has(u32 row0, u32 i) const { return row0 + i - (i < HALF ? 0 : 2 * (HALF - tile_rows)) < end; }
+    DEVICE u32 row(u32 row0, u32 i) const { return row0 + i + (i < HALF ? 0 : skipped); }
+    // What a tile's first row is, of N.
+    DEVICE u32 row0(u32 tile) const { return (first_tile + tile) * tile_rows; }
 };
 
 // The stages in order: groups of tiles, of each the steps along K, of each the pairs of tiles.
@@ -116,7 +129,7 @@ struct Walk {
     u32 group = 0, step = 0, tile = 0;
     DEVICE explicit Walk(const Share& share) : share(share) {}
     DEVICE bool valid() const { return group < share.tiles && share.steps > 0; }
-    DEVICE u32 row0() const { return (share.first_tile + tile) * 16; }
+    DEVICE u32 row0() const { return share.row0(tile); }
     DEVICE u32 block() const { return share.first + step * share.warps * SLICE; }
     // Blocks of 64 that the stage has of a row.
     DEVICE u32 width() const { return min(share.warps * SLICE, share.last - block()); }
@@ -128,23 +141,23 @@ struct Walk {
     }
 };
 
-// Copies rows [BEGIN, END) of a stage's weights in bulk, a lane a row, up to 1 KB. A warp issues such copies one by one, about 60 cycles each:
+// Copies the weights of a stage's tile 0 or 1 in bulk, a lane a row, up to 1 KB. A warp issues such copies one by one, about 60 cycles each:
 // all 32 rows would take it as long as the others take for the stage, so those that serve share them. (16 copies without a loop, by one lane
 // with addresses in uniform registers, are 4 to 8 instructions each, and no faster on the whole: NOTES.)
-template <u32 BEGIN, u32 END> DEVICE void copy_weights(const Share& share, const Weight& weight, u32 stage, const Walk& at, u32 lane) {
-    const u32 end = min(END, share.rows(at.row0())), row = BEGIN + lane, bytes = at.width() * 32;
-    const u32 full = share.landed(stage, BEGIN / HALF);
-    if (lane == 0) barrier_expect(full, end > BEGIN ? (end - BEGIN) * bytes : 0);
+template <u32 TILE> DEVICE void copy_weights(const Share& share, const Weight& weight, u32 stage, const Walk& at, u32 lane) {
+    const u32 rows = share.rows(at.row0(), TILE), i = TILE * HALF + lane, bytes = at.width() * 32;
+    const u32 full = share.landed(stage, TILE);
+    if (lane == 0) barrier_expect(full, rows * bytes);
     __syncwarp();
-    if (row < end)
-        bulk_load(share.stage(stage) + row * ROW_BYTES, weight.packed + u64(at.row0() + row) * share.blocks * 32 + at.block() * 32, bytes, full);
+    if (lane < rows)
+        bulk_load(share.stage(stage) + i * ROW_BYTES, weight.packed + u64(share.row(at.row0(), i)) * share.blocks * 32 + at.block() * 32, bytes, full);
 }
 
-template <u32 BEGIN> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
+template <u32 TILE> DEVICE void serve_weights(const Share& share, const Weight& weight, u32 lane) {
     Turn turn;
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        copy_weights<BEGIN, BEGIN + HALF>(share, weight, turn.stage, at, lane);
+        copy_weights<TILE>(share, weight, turn.stage, at, lane);
         turn.next();
     }
 }
@@ -156,18 +169,22 @@ DEVICE void serve_whole_scales(const Share& share, const Weight& weight, u32 lan
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
         // Four rows at a time, eight chunks of 16 bytes each.
-        const u32 first_row = lane / 8, chunk = lane % 8, rows = share.rows(at.row0());
+        const u32 first_row = lane / 8, chunk = lane % 8;
         const bool valid = chunk < at.width() / 4;
-        const float* from =
-            static_cast<const float*>(weight.absmax) + u64(at.row0() + first_row) * share.blocks + at.block() + chunk * 4;
-        const u32 to = share.scales(turn.stage) + first_row * SCALE_FLOATS * 4 + chunk * 16;
+        u32 to = share.scales(turn.stage) + first_row * SCALE_FLOATS * 4 + chunk * 16;
 #pragma unroll
-        for (u32 i = 0; i < ROWS; i += 4) {
-            if (valid && first_row + i < rows) copy16(to + i * SCALE_FLOATS * 4, from);
-            from += 4 * u64(share.blocks);
-            if ((i + 4) % (ROWS / PARTS) == 0) barrier_arrive_copies(share.landed(turn.stage, i / HALF));
+        for (u32 tile = 0; tile < 2; ++tile) {
+            const u32 rows = valid ? share.rows(at.row0(), tile) : 0;
+            const float* from = static_cast<const float*>(weight.absmax) +
+                                u64(share.row(at.row0(), tile * HALF + first_row)) * share.blocks + at.block() + chunk * 4;
+#pragma unroll
+            for (u32 i = 0; i < HALF; i += 4) {
+                if (first_row + i < rows) copy16(to, from);
+                from += 4 * u64(share.blocks), to += 4 * SCALE_FLOATS * 4;
+            }
+            if (tile == 1 || PARTS == 2) barrier_arrive_copies(share.landed(turn.stage, tile));
         }
-        if (COPYING == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
+        if (COPYING == 1) copy_weights<1>(share, weight, turn.stage, at, lane);
         turn.next();
     }
 }
@@ -179,20 +196,21 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
     constexpr u32 MINE = ROWS / 2, WORDS = CODE_WORDS / 2;  // rows of a warp, words of a lane
     static_assert(MINE * 2 == WARP && CODE_WORDS <= 8 && CODE_WORDS % 2 == 0, "two lanes a row");
     const u8* codes = static_cast<const u8*>(weight.absmax);
+    static_assert(MINE == HALF, "a tile a warp");
     const u32 first_row = part * MINE, row = first_row + lane % MINE, half = lane / MINE;
     u32 fetched = 0, landed = 0;
     auto fetch = [&](const Walk& walk) {
-        const u32 to = share.codes + fetched++ % CODE_STAGES * CODE_STAGE_BYTES, rows = share.rows(walk.row0());
+        const u32 to = share.codes + fetched++ % CODE_STAGES * CODE_STAGE_BYTES, rows = share.rows(walk.row0(), part);
 #pragma unroll
         for (u32 i = 0; i < MINE; i += WARP / 8) {
             const u32 r = first_row + i + lane / 8, word = lane % 8;
-            const bool valid = r < rows && word < walk.width() / 4;
-            const u64 at = u64(walk.row0() + r) * share.blocks + walk.block() + word * 4;
+            const bool valid = r - first_row < rows && word < walk.width() / 4;
+            const u64 at = u64(share.row(walk.row0(), r)) * share.blocks + walk.block() + word * 4;
             if (word < CODE_WORDS) copy4(to + r * CODE_ROW + word * 4, codes + (valid ? at : 0), valid ? 4 : 0);
         }
         // A row's codes of a stage can belong to two nested scales.
-        const u64 at = u64(walk.row0() + row) * share.blocks + walk.block() + (half ? walk.width() - 1 : 0);
-        const bool valid = row < rows;
+        const u64 at = u64(share.row(walk.row0(), row)) * share.blocks + walk.block() + (half ? walk.width() - 1 : 0);
+        const bool valid = row - first_row < rows;
         copy4(to + ROWS * CODE_ROW + row * 8 + half * 4, weight.nested + (valid ? at >> nested_shift : 0), valid ? 4 : 0);
         commit();
     };
@@ -211,7 +229,7 @@ DEVICE void serve_nested_scales(const Share& share, const Weight& weight, u32 ne
         __syncwarp();
         const u32 from = share.codes + landed++ % CODE_STAGES * CODE_STAGE_BYTES;
         const float2 nested = load_float2(from + ROWS * CODE_ROW + row * 8);
-        const u64 at = u64(now.row0() + row) * share.blocks + now.block();
+        const u64 at = u64(share.row(now.row0(), row)) * share.blocks + now.block();
         // Codes from here on have the second nested scale.
         const u32 turns = u32(min(u64(CODE_WORDS * 4), ((at >> nested_shift) + 1 << nested_shift) - at));
         u32 words[WORDS];
@@ -241,10 +259,10 @@ DEVICE void serve_scales(const Share& share, const Weight& weight, u32 log2_bloc
     const float offset = plain ? 0.f : __ldg(weight.offset);
     for (Walk at(share); at.valid(); at.next()) {
         barrier_wait(share.empty + turn.stage * 8, turn.parity ^ 1);
-        if (COPYING == 1) copy_weights<HALF, ROWS>(share, weight, turn.stage, at, lane);
+        if (COPYING == 1) copy_weights<1>(share, weight, turn.stage, at, lane);
         const u32 to = share.scales(turn.stage) + lane * SCALE_FLOATS * 4;
-        const u32 width = lane < share.rows(at.row0()) ? at.width() : 0;
-        const u64 row = u64(at.row0() + lane) * share.blocks + at.block();
+        const u32 width = share.has(at.row0(), lane) ? at.width() : 0;
+        const u64 row = u64(share.row(at.row0(), lane)) * share.blocks + at.block();
         for (u32 i = 0; i < share.warps * SLICE; i += BATCH) {
             float scale[BATCH];
             u8 code[BATCH];

@@ -59,6 +59,20 @@ pub static IMAGES: &[Image] = &[
         ptx: concat!(include_str!("eight_bit.compute_80.ptx"), "\0"),
     },
     Image {
+        family: "gate",
+        capability: 75,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("gate.compute_75.ptx"), "\0"),
+    },
+    Image {
+        family: "gate",
+        capability: 90,
+        specific: false,
+        ptx_version: "8.0",
+        ptx: concat!(include_str!("gate.compute_90.ptx"), "\0"),
+    },
+    Image {
         family: "four_bit_mma_bf16_m8",
         capability: 80,
         specific: false,

@@ -15,6 +15,7 @@ from typing import Any
 from halfbyte import _dropin, _hooks, _native, errors, functional, nn, ops, optim
 from halfbyte._dropin import replace_bitsandbytes
 from halfbyte._fuse import fuse_linears, unfuse_linears
+from halfbyte._gated import matmul_4bit_gated
 from halfbyte._grouped import matmul_4bit_experts, matmul_4bit_group
 from halfbyte._int8 import MatmulLtState, matmul
 from halfbyte._matmul import matmul_4bit
@@ -35,6 +36,7 @@ __all__ = [
     "matmul",
     "matmul_4bit",
     "matmul_4bit_experts",
+    "matmul_4bit_gated",
     "matmul_4bit_group",
     "nn",
     "ops",

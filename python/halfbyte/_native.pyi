@@ -84,6 +84,26 @@ def matmul_4bit(
 ) -> bool:
     """Write ``x @ w.T + bias`` to `out`. False, and nothing written, where a dense product is the better way."""
 
+def matmul_4bit_gated(
+    x: Any,
+    packed: Any,
+    absmax: Any,
+    out: Any,
+    quant_type: str,
+    blocksize: int,
+    gate: str,
+    bias: Any | None = None,
+    nested_absmax: Any | None = None,
+    nested_code: Any | None = None,
+    nested_offset: Any | None = None,
+    nested_blocksize: int = 256,
+) -> bool:
+    """Write ``gate(a) * b`` of the halves of ``x @ w.T + bias``. False, and nothing written, where it takes two."""
+
+def gate(a: Any, out: Any, gate: str) -> None:
+    """Write ``gate(a[..., :N]) * a[..., N:]`` to `out`, on CUDA."""
+
+def settle_4bit(packed: int, settled: bool) -> None: ...
 def read_next_4bit(packed: int, following: Sequence[tuple[int, int, int]] | None, most: int) -> None: ...
 def matmul_4bit_large(
     x: Any,

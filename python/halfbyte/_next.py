@@ -8,6 +8,7 @@ has asked for all that it reads itself. A hint that is wrong costs time, never a
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 MOST_BYTES: Final = 12 * 2**20
 """How much is fetched ahead: what memory delivers between two products, and a quarter of an H200's L2."""
 
-_read_next: Any = getattr(_native, "read_next_4bit", None)  # builds without CUDA lack it
+# Builds without CUDA lack them.
+_read_next: Any = getattr(_native, "read_next_4bit", None)
+_settle: Any = getattr(_native, "settle_4bit", None)
 
 
 def prefetch_linears(model: nn.Module, most_bytes: int = MOST_BYTES) -> int:
@@ -72,15 +75,25 @@ def prefetch_linears(model: nn.Module, most_bytes: int = MOST_BYTES) -> int:
 
 
 class Order:
-    """Weights in the order in which they are multiplied: each is told what comes after it."""
+    """Weights in the order in which they are multiplied: each is told what comes after it.
 
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+    Parameters
+    ----------
+    most_bytes
+        How much is fetched ahead at most.
+    settled
+        Whether nothing on the GPU writes these weights any more: products then read them while the kernel ahead still
+        runs.
+    """
+
+    def __init__(self, most_bytes: int = MOST_BYTES, *, settled: bool = False) -> None:
         self.most_bytes = most_bytes
+        self.settled = settled
         self._last: weakref.ref[Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies begin anew: vLLM sends its configuration to other processes."""
-        return Order, (self.most_bytes,)
+        return partial(Order, settled=self.settled), (self.most_bytes,)
 
     def add(self, packed: Tensor, scales: Tensor, rows: int) -> bool:
         """Let a weight of `rows` rows be fetched by products with the one before it.
@@ -99,6 +112,10 @@ class Order:
         """
         last = self._last() if self._last is not None else None
         self._last = weakref.ref(packed)
+        if self.settled and _settle is not None and packed.device.type == "cuda":
+            _settle(packed.data_ptr(), True)
+            for tensor in (packed, scales):
+                weakref.finalize(tensor, _settle, packed.data_ptr(), False).atexit = False
         if last is None or _read_next is None or last.device != packed.device or packed.device.type != "cuda":
             return False
         most = min(self.most_bytes, torch.cuda.get_device_properties(packed.device).L2_cache_size // 4)

@@ -1,9 +1,9 @@
 """Runs in an environment with vLLM: reads cases as JSON from standard input, prints their results as JSON.
 
 A case is ``{"llm": {arguments of LLM}, "prompts": [[token ids]], "tokens": n, "lora": folder or null}``, its result
-``{"texts": [[token ids]], "linears": {name: [class, code shape, scale shape]}}``. Or, with a command line,
-``{"serve": [arguments of vllm serve], "prompt": text, "model": name}``, whose result is what the server answered to a
-completion and a chat of the official client.
+``{"texts": [[token ids]], "layers": {name: [class, code type and shape, scale shape]}, "gates": [name]}``. Or, with a
+command line, ``{"serve": [arguments of vllm serve], "prompt": text, "model": name}``, whose result is what the server
+answered to a completion and a chat of the official client.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def layers(model) -> dict:
     return found
 
 
+def gates(model) -> list:
+    """What gates the products of feed-forward layers, of each that does it in the product."""
+    return [module.halfbyte_gate for module in model.modules() if hasattr(module, "halfbyte_gate")]
+
+
 def generate(case: dict) -> dict:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -50,6 +55,7 @@ def generate(case: dict) -> dict:
     result = {"texts": [list(output.outputs[0].token_ids) for output in outputs]}
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         result["layers"] = llm.apply_model(layers)[0]
+        result["gates"] = llm.apply_model(gates)[0]
     del llm
     cleanup_dist_env_and_memory()
     return result

@@ -11,6 +11,8 @@ use crate::errors::raise;
 #[cfg(feature = "cuda")]
 use crate::scratch::Scratch;
 use crate::{check_together, detached, expect_len, shape_error};
+#[cfg(feature = "cuda")]
+use four_bit::cuda::Gate;
 
 pub(crate) fn parse_kind(name: &str) -> Result<Kind, Error> {
     Kind::from_name(name).ok_or_else(|| Error::Value {
@@ -279,7 +281,7 @@ pub(crate) fn matmul(
     kind: Kind,
     blocksize: usize,
 ) -> PyResult<bool> {
-    let (dtype, place, shape) = check_product(x, packed, scales, bias, out, blocksize).map_err(raise)?;
+    let (dtype, place, shape) = check_product(x, packed, scales, bias, out, blocksize, 1).map_err(raise)?;
     match place {
         Place::Cpu => with_type!(dtype, T => {
             // SAFETY: place, types, sizes and layout are checked; the caller keeps others from writing.
@@ -318,7 +320,7 @@ pub(crate) fn matmul(
 /// Type, place and (M, N, K).
 type Product = (Dtype, Place, (usize, usize, usize));
 
-/// What a product is, whose tensors all fit together.
+/// What a product is, whose tensors all fit together; each column of `out` is made of `rows` rows of the weight.
 fn check_product(
     x: &TensorRef,
     packed: &TensorRef,
@@ -326,6 +328,7 @@ fn check_product(
     bias: Option<&TensorRef>,
     out: &TensorRef,
     blocksize: usize,
+    rows: usize,
 ) -> Result<Product, Error> {
     check_four_bit_block(blocksize)?;
     let dtype = x.float()?;
@@ -335,13 +338,14 @@ fn check_product(
     out.expect_writable()?;
     let shape = product_shape(x, out)?;
     let (_, n, k) = shape;
-    let weights = n.checked_mul(k).ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), out))?;
+    let weights = n.checked_mul(rows).and_then(|rows| rows.checked_mul(k));
+    let weights = weights.ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), out))?;
     expect_packed(packed, weights)?;
     scales.check(place, block_count(weights, blocksize))?;
     if let Some(bias) = bias {
         check_together(place, &[bias])?;
         bias.expect_dtype(dtype)?;
-        expect_len(bias, n)?;
+        expect_len(bias, n * rows)?;
     }
     Ok((dtype, place, shape))
 }
@@ -372,7 +376,8 @@ pub(crate) fn matmul_4bit_large(
     let out = TensorRef::new("out", out)?;
     let bias = TensorRef::optional("bias", bias)?;
     let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
-    let (dtype, place, shape) = check_product(&x, &packed, &scales, bias.as_ref(), &out, blocksize).map_err(raise)?;
+    let (dtype, place, shape) =
+        check_product(&x, &packed, &scales, bias.as_ref(), &out, blocksize, 1).map_err(raise)?;
     let Place::Cuda(device) = place else { return Ok(false) };
     let stream = crate::stream_of(&x, device)?;
     let bias = bias.map(|bias| bias.address() as u64);
@@ -390,6 +395,90 @@ pub(crate) fn matmul_4bit_large(
         )
     }
     .map_err(raise)
+}
+
+#[cfg(feature = "cuda")]
+fn parse_gate(name: &str) -> Result<Gate, Error> {
+    Gate::from_name(name).ok_or_else(|| Error::Value {
+        argument: "gate",
+        expected: "'silu' or 'gelu_tanh'".into(),
+        got: format!("'{name}'"),
+    })
+}
+
+/// `out = gate(x · aᵀ) · (x · bᵀ)` for a packed weight whose rows are a's and then b's; N and K are the last sizes of `out` and `x`.
+///
+/// False, and nothing written, where a product and then the gate is the better way.
+#[cfg(feature = "cuda")]
+#[pyfunction]
+#[pyo3(signature = (x, packed, absmax, out, quant_type, blocksize, gate, bias=None, nested_absmax=None, nested_code=None, nested_offset=None, nested_blocksize=256))]
+pub(crate) fn matmul_4bit_gated(
+    x: &Bound<'_, PyAny>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    quant_type: &str,
+    blocksize: usize,
+    gate: &str,
+    bias: Option<&Bound<'_, PyAny>>,
+    nested_absmax: Option<&Bound<'_, PyAny>>,
+    nested_code: Option<&Bound<'_, PyAny>>,
+    nested_offset: Option<&Bound<'_, PyAny>>,
+    nested_blocksize: usize,
+) -> PyResult<bool> {
+    let kind = parse_kind(quant_type).map_err(raise)?;
+    let gate = parse_gate(gate).map_err(raise)?;
+    let x = TensorRef::new("x", x)?;
+    let packed = TensorRef::new("packed", packed)?;
+    let out = TensorRef::new("out", out)?;
+    let bias = TensorRef::optional("bias", bias)?;
+    let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
+    let (dtype, place, shape) =
+        check_product(&x, &packed, &scales, bias.as_ref(), &out, blocksize, 2).map_err(raise)?;
+    let Place::Cuda(device) = place else { return Ok(false) };
+    let stream = crate::stream_of(&x, device)?;
+    let bias = bias.map(|bias| bias.address() as u64);
+    let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
+    let absmax = scales.device();
+    // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
+    unsafe { four_bit::cuda::matmul_gated(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, gate, out) }
+        .map_err(raise)
+}
+
+/// `out = gate(a[..., :N]) · a[..., N:]` on CUDA, for `a` [..., 2N] and `out` [..., N] of one float type.
+#[cfg(feature = "cuda")]
+#[pyfunction]
+pub(crate) fn gate(a: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>, gate: &str) -> PyResult<()> {
+    let gate = parse_gate(gate).map_err(raise)?;
+    let a = TensorRef::new("a", a)?;
+    let out = TensorRef::new("out", out)?;
+    let checked = || {
+        let dtype = a.float()?;
+        let place = a.place()?;
+        check_together(place, &[&a, &out])?;
+        out.expect_dtype(dtype)?;
+        out.expect_writable()?;
+        let (m, n, both) = product_shape(&a, &out)?;
+        if n.checked_mul(2) != Some(both) {
+            return Err(shape_error("out", format!("half of the {both} columns of a"), &out));
+        }
+        let Place::Cuda(device) = place else {
+            return Err(Error::Device { argument: "a", expected: "a CUDA device".into(), got: "the CPU".into() });
+        };
+        Ok((dtype, device, (m, n)))
+    };
+    let (dtype, device, shape) = checked().map_err(raise)?;
+    let stream = crate::stream_of(&a, device)?;
+    // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
+    unsafe { four_bit::cuda::gate(&stream, dtype, a.address() as u64, shape, gate, out.address() as u64) }
+        .map_err(raise)
+}
+
+/// Says that nothing writes the weight at `packed` and its scales any more, or takes it back.
+#[cfg(feature = "cuda")]
+#[pyfunction]
+pub(crate) fn settle_4bit(packed: u64, settled: bool) {
+    four_bit::cuda::settle(packed, settled);
 }
 
 /// What products with the weight at `packed` fetch for the one after them, at most `most` bytes: (address, rows, bytes of a row) of its packed

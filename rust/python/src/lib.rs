@@ -37,7 +37,7 @@ mod _native {
     use super::four_bit::{code_values, dequantize_4bit, matmul_4bit, quantize_4bit};
     #[cfg(feature = "cuda")]
     #[pymodule_export]
-    use super::four_bit::{matmul_4bit_large, read_next_4bit};
+    use super::four_bit::{gate, matmul_4bit_gated, matmul_4bit_large, read_next_4bit, settle_4bit};
     #[pymodule_export]
     use super::groups::{capture_of, clear_expert_rows, matmul_4bit_experts, matmul_4bit_group, route_experts};
     #[pymodule_export]

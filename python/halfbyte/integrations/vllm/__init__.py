@@ -7,6 +7,7 @@
 ``loading.py``    vLLM's loaders, with the above between files and model
 ``storage.py``    a layer's packed weight, and the loader that fills it
 ``linear.py``     linear layers; fused ones are one matrix
+``gated.py``      feed-forward layers whose activation is done in the product
 ``moe.py``        experts
 ================  ======================================================================================================
 

@@ -80,7 +80,9 @@ class HalfbyteConfig(QuantizationConfig):  # type: ignore[misc]
         self.skip = list(skip or ())
         self.experts = experts
         self.threshold = threshold
-        self.order = Order()
+        # Weights are loaded long before the first product. Where they are loaded anew, a model's first kernels
+        # (embedding, norm) are between the copies and a product, and do not begin before those are done.
+        self.order = Order(settled=True)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.form}, double_quant={self.double_quant}, skip={self.skip})"

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from halfbyte import _int8_ops as int8_ops
 from halfbyte import ops
+from halfbyte._gated import run_matmul_4bit_gated
 from halfbyte.integrations.vllm.storage import Storage
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ class HalfbyteLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return product
         multiply: Any = ops.run_matmul_4bit if eager else torch.ops.halfbyte.matmul_4bit.default
         result: Tensor = multiply(x, weight, self.shape, scales, self.form.blocksize, self.form.scheme, bias)
+        return result
+
+    def apply_gated(self, layer: Any, x: Tensor, gate: str) -> Tensor:
+        """Return ``gate(a) * b`` of the halves of ``x @ W.T + bias``, ``[..., N / 2]`` of x's dtype; 4 bits only."""
+        weight, scales, bias = layer.weight, layer.weight_scales, layer.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        multiply: Any = run_matmul_4bit_gated if ops.is_eager(x) else torch.ops.halfbyte.matmul_4bit_gated.default
+        form = self.form
+        result: Tensor = multiply(x, weight, self.shape, scales, form.blocksize, form.scheme, gate, bias)
         return result
 
     def dequantize_weight(self, layer: nn.Module) -> Tensor:  # noqa: ARG002

@@ -10,6 +10,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from halfbyte.integrations.vllm.checkpoint import join
 from halfbyte.integrations.vllm.config import BITSANDBYTES
+from halfbyte.integrations.vllm.gated import fuse_gates
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,6 +51,7 @@ def joining(loader: type[Any]) -> type[Any]:
                 super().load_weights(model, model_config)
             finally:
                 del model.__dict__["load_weights"]
+            fuse_gates(model)
 
     Joining.__name__ = Joining.__qualname__ = loader.__name__
     Joining.__module__ = loader.__module__

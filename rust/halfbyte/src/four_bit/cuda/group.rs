@@ -64,7 +64,8 @@ pub unsafe fn matmul_group(
     let suits = |piece: &GroupPiece| piece.n > 0 && tensor_cores(gpu, dtype, k, block, &[x, piece.packed]);
     if m > 0 && matmul_stream::fits(gpu, dtype, m) && pieces.iter().all(suits) {
         // SAFETY: passed on; shape and alignment are as the kernel wants them.
-        return unsafe { matmul_stream::launch(stream, gpu, dtype, x, (m, k), pieces, kind, block) }.map(|()| true);
+        return unsafe { matmul_stream::launch(stream, gpu, dtype, x, (m, k), pieces, kind, block, None) }
+            .map(|()| true);
     }
     for piece in pieces {
         let GroupPiece { n, packed, absmax, bias, out } = *piece;

@@ -131,7 +131,7 @@ pub unsafe fn matmul(
                     let choice = LargeChoice::default();
                     Some(matmul_large::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, scratch, choice))
                 }
-                Way::Stream => Some(matmul_stream::launch(stream, gpu, dtype, x, (m, k), &[piece], kind, block)),
+                Way::Stream => Some(matmul_stream::launch(stream, gpu, dtype, x, (m, k), &[piece], kind, block, None)),
                 Way::Wgmma => Some(matmul_wgmma::launch(stream, gpu, dtype, x, (m, k), &piece, kind, block, scratch)),
                 Way::Other => None,
             }
@@ -173,7 +173,7 @@ pub unsafe fn matmul(
     Ok(())
 }
 
-fn check_columns(n: usize, k: usize) -> Result<()> {
+pub(super) fn check_columns(n: usize, k: usize) -> Result<()> {
     for (argument, size) in [("out", n), ("x", k)] {
         if size > i32::MAX as usize {
             return Err(Error::shape(argument, "at most 2147483647 columns", size));

@@ -1,8 +1,11 @@
-//! What a launch fetches into the L2 for the one after it.
+//! What is known of weights between launches: which comes after which, and that nobody writes them any more.
 //!
 //! A decoder's layers run in the same order at every step, and between two of them memory has little to do: norms, rotations and attention
 //! read next to nothing. Who knows the order says it here once; the streaming kernel then asks the L2 for the begin of the next weights while it
 //! ends. Nothing else changes: a hint that is wrong costs time, never a result.
+//!
+//! That weights are settled is another kind of word: a launch then reads them while the one ahead of it still runs (programmatic dependent
+//! launch), and what that one wrote may not be seen.
 
 use std::collections::BTreeMap;
 use std::sync::RwLock;
@@ -41,9 +44,28 @@ type Hint = [NextRows; TENSORS];
 type Words = [u64; WORDS];
 const WORDS: usize = 3 * TENSORS;
 
-static HINTS: RwLock<BTreeMap<Pointer, Words>> = RwLock::new(BTreeMap::new());
-/// Whether there are any: most processes have none, and their launches do not look.
+/// What has been said of a weight.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Said {
+    /// `Next` of the kernel; zeros for nothing.
+    pub(super) words: Words,
+    /// Whether it may be read before the launch ahead is done.
+    pub(super) settled: bool,
+}
+
+static SAID: RwLock<BTreeMap<Pointer, Said>> = RwLock::new(BTreeMap::new());
+/// Whether there is anything: in most processes there is not, and their launches do not look.
 static ANY: AtomicBool = AtomicBool::new(false);
+
+fn say(packed: Pointer, change: impl FnOnce(&mut Said)) {
+    let mut all = SAID.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let said = all.entry(packed).or_default();
+    change(said);
+    if *said == Said::default() {
+        all.remove(&packed);
+    }
+    ANY.store(!all.is_empty(), Ordering::Release);
+}
 
 /// Says that after a product with the weight at `packed` the next one reads `next`: packed weights and their scales. Products of up to 16 rows
 /// on compute capability 9.0 then fetch at most `most` bytes of it, of each row the begin. `None` forgets what was said, which is to be done when
@@ -54,13 +76,15 @@ static ANY: AtomicBool = AtomicBool::new(false);
 /// Rows of 4 GiB or more, or as many rows.
 pub fn read_next(packed: Pointer, next: Option<[NextRead; TENSORS]>, most: usize) -> Result<()> {
     let hint = next.map(|next| hint(&next, most)).transpose()?.flatten();
-    let mut hints = HINTS.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-    match hint {
-        Some(hint) => hints.insert(packed, words_of(&hint)),
-        None => hints.remove(&packed),
-    };
-    ANY.store(!hints.is_empty(), Ordering::Release);
+    say(packed, |said| said.words = hint.map_or([0; WORDS], |hint| words_of(&hint)));
     Ok(())
+}
+
+/// Says that the weight at `packed` and its scales are settled, or (false) that they no longer are: nothing that the GPU still has to do writes
+/// them, nor will anything that is enqueued later. Products of up to 16 rows on compute capability 9.0 then read them before the kernel that is
+/// ahead in the stream has ended, whatever that is. To be taken back before such a weight is written, moved or given back.
+pub fn settle(packed: Pointer, settled: bool) {
+    say(packed, |said| said.settled = settled);
 }
 
 fn hint(next: &[NextRead; TENSORS], most: usize) -> Result<Option<Hint>> {
@@ -92,13 +116,13 @@ fn words_of(hint: &Hint) -> Words {
     words
 }
 
-/// `Next` of a launch that is a product with the weight at `packed`; zeros for nothing.
-pub(super) fn next_of(packed: Pointer) -> Words {
+/// What a launch that is a product with the weight at `packed` may go by.
+pub(super) fn said_of(packed: Pointer) -> Said {
     if !ANY.load(Ordering::Acquire) {
-        return [0; WORDS];
+        return Said::default();
     }
-    let hints = HINTS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-    hints.get(&packed).copied().unwrap_or_default()
+    let all = SAID.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    all.get(&packed).copied().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -135,13 +159,18 @@ mod tests {
     }
 
     #[test]
-    fn hints_are_kept_by_address_until_they_are_forgotten() {
+    fn what_is_said_is_kept_by_address_until_it_is_taken_back() {
         let (first, second) = (0xabc0_0000_0100, 0xabc0_0000_0200);
         read_next(first, Some([read(10, 300), read(10, 8)]), 4000).unwrap();
         let words = |low: u64, high: u64| low | high << 32;
-        assert_eq!(next_of(first), [0x1000, words(10, 300), words(300, 2), 0x1000, words(10, 8), words(8, 0)]);
-        assert_eq!(next_of(second), [0; WORDS]);
+        let expected = [0x1000, words(10, 300), words(300, 2), 0x1000, words(10, 8), words(8, 0)];
+        assert_eq!(said_of(first), Said { words: expected, settled: false });
+        assert_eq!(said_of(second), Said::default());
+        settle(first, true);
+        assert_eq!(said_of(first), Said { words: expected, settled: true });
         read_next(first, None, 0).unwrap();
-        assert_eq!(next_of(first), [0; WORDS]);
+        assert_eq!(said_of(first), Said { settled: true, ..Said::default() });
+        settle(first, false);
+        assert_eq!(said_of(first), Said::default());
     }
 }

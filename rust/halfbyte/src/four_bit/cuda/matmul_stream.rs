@@ -5,14 +5,15 @@ use crate::device::cuda::{Arguments, Device, Kernel, Launch, Pointer, Stream, dt
 use crate::element::Dtype;
 use crate::error::Result;
 
+use super::gated::Gate;
 use super::group::{GroupPiece, MATMUL_GROUP_MOST as MOST_PIECES};
-use super::matmul_next::next_of;
+use super::matmul_next::{Said, said_of};
 use super::matmul_small::mma_values;
 
 /// Most rows of activations.
 pub(super) const MOST_ROWS: usize = 16;
-/// Rows of one column. What two columns have is the second of all that is kept by columns.
-const COLUMN: usize = 8;
+/// Rows of one column, and most rows of activations that gated weights take. What two columns have is the second of all that is kept by columns.
+pub(super) const COLUMN: usize = 8;
 
 /// By dtype, for up to 8 and up to 16 rows, plain and nested.
 pub(super) static STREAM: [[[Kernel; 2]; 2]; 2] = [
@@ -37,7 +38,7 @@ pub(super) fn fits(gpu: &Device, dtype: Dtype, m: usize) -> bool {
     gpu.capability >= 90 && gpu.shared_memory >= SHARED && dtype != Dtype::F32 && m <= most
 }
 
-/// Launches the product of `x` [m, k] with each of `pieces`.
+/// Launches the product of `x` [m, k] with each of `pieces`: with `gate`, each weight is two of `n` rows, 16 or more, and m at most [`COLUMN`].
 ///
 /// # Safety
 /// As `super::matmul`; K, block and alignments are those that the tensor-core kernels want, and there are 1 to [`MOST_PIECES`]
@@ -51,10 +52,11 @@ pub(super) unsafe fn launch(
     pieces: &[GroupPiece],
     kind: Kind,
     block: usize,
+    gate: Option<Gate>,
 ) -> Result<()> {
     let rows: [usize; MOST_PIECES] = std::array::from_fn(|i| pieces.get(i).map_or(0, |piece| piece.n));
     let nested = pieces.first().is_some_and(|piece| piece.absmax.is_nested());
-    let plan = Plan::new(m, &rows[..pieces.len()], k, nested, gpu.multiprocessors);
+    let plan = Plan::new(m, &rows[..pieces.len()], k, nested, gate.is_some(), gpu.multiprocessors);
     let (values, gain) = mma_values(kind, dtype);
     let mut table = [0; MOST_PIECES * PIECE_WORDS];
     let mut shift = 0;
@@ -73,9 +75,13 @@ pub(super) unsafe fn launch(
         .u32((1.0 / gain).to_bits())
         .u32(plan.tiles)
         .u32(pieces.len() as u32)
-        .block(&table);
-    // What comes after several weights is said of the last one.
-    let mut arguments = arguments.block(&next_of(pieces.last().map_or(0, |piece| piece.packed)));
+        .u32(gate.map_or(0, Gate::number));
+    // What comes after several weights is said of the last one, and that they are settled, of all.
+    let (settled, next) = pieces.iter().fold((true, Said::default()), |(settled, _), piece| {
+        let said = said_of(piece.packed);
+        (settled && said.settled, said)
+    });
+    let mut arguments = arguments.u32(u32::from(settled)).block(&table).block(&next.words);
     let kernel = &STREAM[dtype_index(dtype)][usize::from(m > COLUMN)][usize::from(nested)];
     // SAFETY: the arguments are those of `matmul_4bit_stream`; the caller vouches for the pointers.
     unsafe { kernel.launch(stream, plan.launch, &mut arguments) }
@@ -121,17 +127,21 @@ struct Plan {
     launch: Launch,
     /// Tiles of 16 rows of a block, or of the blocks of a cluster together.
     tiles: u32,
+    /// Tiles that stay together: of gated weights, one of each half.
+    together: u32,
 }
 
 impl Plan {
-    fn new(m: usize, rows: &[usize], k: usize, nested: bool, multiprocessors: u32) -> Self {
-        let count = |tiles: u32| rows.iter().map(|&n| (n.div_ceil(16) as u32).div_ceil(tiles)).sum::<u32>();
+    fn new(m: usize, rows: &[usize], k: usize, nested: bool, gated: bool, multiprocessors: u32) -> Self {
+        let together = if gated { 2 } else { 1 };
+        let tiles_of = |n: usize| n.div_ceil(16) as u32 * together;
+        let count = |tiles: u32| rows.iter().map(|&n| tiles_of(n).div_ceil(tiles)).sum::<u32>();
         // The fewest tiles a block with which all blocks run at once.
         let tiles_for = |blocks: u32| {
-            let all = rows.iter().map(|&n| n.div_ceil(16) as u32).sum::<u32>();
-            let mut tiles = all.div_ceil(blocks.max(1)).max(1);
+            let all = rows.iter().map(|&n| tiles_of(n)).sum::<u32>();
+            let mut tiles = all.div_ceil(blocks.max(1)).max(1).next_multiple_of(together);
             while count(tiles) > blocks.max(rows.len() as u32) {
-                tiles += 1;
+                tiles += together;
             }
             tiles
         };
@@ -158,12 +168,13 @@ impl Plan {
                 programmatic: true,
             },
             tiles,
+            together,
         }
     }
 
     /// Clusters (or blocks, where K is not split) of a weight of `n` rows.
     fn clusters(&self, n: usize) -> u32 {
-        (n.div_ceil(16) as u32).div_ceil(self.tiles)
+        (n.div_ceil(16) as u32 * self.together).div_ceil(self.tiles)
     }
 }
 
@@ -178,8 +189,10 @@ mod tests {
                 [&[1][..], &[16], &[4096], &[14336], &[28672], &[4096, 1024, 1024], &[1; 8], &[1 << 20], &[100, 14336]]
             {
                 let ks = [64, 128, 192, 1024, 4096, 11008, 14336, 28672, 1 << 17];
-                for (k, nested) in ks.into_iter().flat_map(|k| [(k, false), (k, true)]) {
-                    let plan = Plan::new(m, rows, k, nested, 132);
+                let forms = [(false, false), (false, true), (true, false), (true, true)];
+                for (k, (nested, gated)) in ks.into_iter().flat_map(|k| forms.map(|form| (k, form))) {
+                    let plan = Plan::new(m, rows, k, nested, gated, 132);
+                    assert!(!gated || plan.tiles.is_multiple_of(2));
                     let Launch { grid, threads, cluster, .. } = plan.launch;
                     let columns = usize::from(m > COLUMN);
                     let computing = threads / 32 - SERVING[columns][usize::from(nested)];

@@ -2,6 +2,7 @@
 
 mod elementwise;
 mod experts;
+mod gated;
 mod group;
 mod matmul;
 mod matmul_large;
@@ -14,10 +15,11 @@ mod split;
 
 pub use elementwise::{dequantize, quantize};
 pub use experts::{clear_rows, matmul_experts, route_experts};
+pub use gated::{Gate, gate, matmul_gated};
 pub use group::{GroupPiece, MATMUL_GROUP_MOST, matmul_group};
 pub use matmul::{fused, large_scratch_bytes, matmul, matmul_by_large, scratch_bytes};
 pub use matmul_large::LargeChoice;
-pub use matmul_next::{NextRead, read_next};
+pub use matmul_next::{NextRead, read_next, settle};
 pub use search::{encode, quantize_search};
 
 use crate::codebook::Kind;
@@ -80,5 +82,6 @@ pub fn kernels() -> Vec<&'static Kernel> {
         .chain(matmul_wgmma::SIZES.iter().flat_map(|size| &size.kernels))
         .chain(matmul_large::kernels())
         .chain(experts::kernels())
+        .chain(&gated::GATE)
         .collect()
 }
