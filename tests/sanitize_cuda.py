@@ -68,6 +68,7 @@ def four_bit(dtype: torch.dtype) -> None:
     code = dynamic_code()
     quantizing(dtype, code)
     products(dtype, code)
+    gated(dtype, code)
 
 
 def quantizing(dtype: torch.dtype, code: torch.Tensor) -> None:
@@ -132,6 +133,25 @@ def products(dtype: torch.dtype, code: torch.Tensor) -> None:
                     _native.matmul_4bit_large(x, packed, absmax, y, "nf4", block, bias, **form)
                     _native.matmul_4bit_large(x, packed, codes, y, "nf4", block, None, nested, code, offset, **form)
         y.cpu()
+
+
+def gated(dtype: torch.dtype, code: torch.Tensor) -> None:
+    """Products that gate, of one part of K and of two, by one launch where that is so, and gates alone."""
+    for m, n, k in ((1, 16, 64), (8, 40, 8192), (3, 300, 1088), (5, 4100, 64), (40, 9, 128)):
+        packed = torch.empty(n * k, dtype=torch.uint8, device="cuda")
+        absmax = torch.empty(2 * n * k // 64, device="cuda")
+        _native.quantize_4bit(torch.randn(2 * n * k).cuda(), packed, absmax, "nf4", 64)
+        codes = torch.empty(absmax.numel(), dtype=torch.uint8, device="cuda")
+        nested = torch.empty(-(-absmax.numel() // 256), device="cuda")
+        offset = absmax.mean()
+        _native.quantize_blockwise(absmax, code, codes, nested, 256, offset)
+        x, bias = torch.randn(m, k).to(dtype).cuda(), torch.randn(2 * n).to(dtype).cuda()
+        out = torch.empty(m, n, dtype=dtype, device="cuda")
+        for gate in ("silu", "gelu_tanh"):
+            _native.matmul_4bit_gated(x, packed, absmax, out, "nf4", 64, gate, bias)
+            _native.matmul_4bit_gated(x, packed, codes, out, "nf4", 64, gate, None, nested, code, offset)
+            _native.gate(torch.randn(m, 2 * n).to(dtype).cuda(), out, gate)
+        out.cpu()
 
 
 def experts(dtype: torch.dtype) -> None:

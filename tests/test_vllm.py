@@ -203,7 +203,9 @@ def test_adapter(checkpoints, prompts, tmp_path):
     folder, _ = checkpoints["nf4"]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=8, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False
+    )
     model = peft.get_peft_model(model, config).eval()
     model.save_pretrained(tmp_path)
     few = prompts[:6]
