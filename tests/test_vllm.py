@@ -216,6 +216,57 @@ def test_adapter(checkpoints, prompts, tmp_path):
     assert expected != checkpoints["nf4"][1][:6]
 
 
+CHAINS = """
+from torch import nn
+from halfbyte.integrations.vllm.gated import _gated, _only_chains
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.act_fn, self.down_proj = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        x, _ = self.gate_up_proj(x)
+        x = self.act_fn(x)
+        x, _ = self.down_proj(x)
+        return x
+
+class Scaled(Chain):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+class Limited(Chain):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_up_proj(x)[0].clamp(max=7)))[0]
+
+class Twice(Chain):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.act_fn(self.gate_up_proj(x)[0])))[0]
+
+class Residual(Chain):
+    def forward(self, x):
+        return super().forward(x), x
+
+class Elsewhere(Chain):
+    def forward(self, x):
+        super().forward(x)
+        return x
+
+assert [_only_chains(kind()) for kind in (Chain, Scaled, Limited, Twice, Residual, Elsewhere)] == [True] + [False] * 5
+wrapped = Chain()
+wrapped.down_proj.forward = wrapper = lambda x: x
+assert _only_chains(wrapped) and wrapped.down_proj.forward is wrapper
+assert "forward" not in wrapped.act_fn.__dict__
+assert issubclass(_gated(Chain), Chain) and _gated(Chain) is _gated(Chain) and _gated(Chain).__name__ == "Chain"
+"""
+
+
+def test_what_is_only_a_chain():
+    """A layer that does anything besides is not one whose activation the product may do."""
+    done = subprocess.run([PYTHON, "-c", CHAINS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 REGISTRATION = """
 import importlib.metadata, sys
 from vllm.model_executor.layers import quantization as q
