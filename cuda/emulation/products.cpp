@@ -67,7 +67,8 @@ struct Matrix {
     // The largest difference from fp64, as a part of what a rounding of the result and the order of sums account for.
     double worst(const ELEMENT* x, u32 m, const Code& code, bool biased) const {
         double largest = 0;
-        const double rounding = (IS_F16 ? 0x1p-10 : 0x1p-7) * 0.51;
+        // Gated results can be so small that fp16 has multiples of its least number only.
+        const double rounding = (IS_F16 ? 0x1p-10 : 0x1p-7) * 0.51, least = IS_F16 ? 0x1p-25 : 1e-30;
         // Sums of a row with all tokens, and the sums of what is added in size.
         struct Sum {
             double value, size;
@@ -104,7 +105,7 @@ struct Matrix {
                     size = 1.13 * size * std::abs(up) + std::abs(a) * (more + std::abs(up) * 0.1), sum = a * up;
                 }
                 const double got = to_float(out[MARGIN + size_t(token) * n + row]);
-                const double error = std::abs(got - sum) / (std::abs(sum) * rounding + size * 1e-5 + 1e-30);
+                const double error = std::abs(got - sum) / (std::abs(sum) * rounding + size * 1e-5 + least);
                 if (!(error <= largest)) largest = error;
             }
         }
