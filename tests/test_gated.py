@@ -19,10 +19,14 @@ def weight(device, n, k, nested=False, kind="nf4", block=64):
     return F.quantize_4bit(dense, quant_type=kind, blocksize=block, compress_statistics=nested)
 
 
+def gated(a, gate):
+    return torch.nn.functional.silu(a) if gate == "silu" else torch.nn.functional.gelu(a, approximate="tanh")
+
+
 def apart(x, packed, state, gate, bias=None):
     """By torch, from the product."""
     a, b = halfbyte.matmul_4bit(x, packed, state, bias=bias).chunk(2, -1)
-    return (torch.nn.functional.silu(a) if gate == "silu" else torch.nn.functional.gelu(a, approximate="tanh")) * b
+    return gated(a, gate) * b
 
 
 def exact(x, packed, state, gate, bias=None):
@@ -31,10 +35,10 @@ def exact(x, packed, state, gate, bias=None):
     product = x.double() @ dense.t() + (0 if bias is None else bias.double())
     reach = x.double().abs() @ dense.abs().t() + (0 if bias is None else bias.double().abs())
     a, b = product.chunk(2, -1)
-    gated = torch.nn.functional.silu(a) if gate == "silu" else torch.nn.functional.gelu(a, approximate="tanh")
+    by = gated(a, gate)
     # Neither gate is steeper than 1.13.
-    slack = 1.13 * reach.chunk(2, -1)[0] * b.abs() + gated.abs() * reach.chunk(2, -1)[1]
-    return gated * b, slack
+    slack = 1.13 * reach.chunk(2, -1)[0] * b.abs() + by.abs() * reach.chunk(2, -1)[1]
+    return by * b, slack
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,9 +94,7 @@ def test_the_gate_alone(dtype, n):
     for gate in GATES:
         out = torch.empty(37, n, dtype=dtype, device="cuda")
         _native.gate(a, out, gate)
-        want = (
-            torch.nn.functional.silu(left) if gate == "silu" else torch.nn.functional.gelu(left, approximate="tanh")
-        ) * right
+        want = gated(left, gate) * right
         eps = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}[dtype]
         finite = left.isfinite() & want.to(dtype).isfinite()
         assert ((out - want).abs() <= eps * want.abs() + 1e-7)[finite].all()

@@ -91,8 +91,7 @@ def matmul_4bit_gated(A: Any, B: Any, quant_state: QuantState, gate: str = "silu
     >>> halfbyte.matmul_4bit_gated(torch.randn(3, 64), packed, state).shape
     torch.Size([3, 48])
     """
-    if gate not in GATES:
-        raise ArgumentError(f"gate: expected one of {', '.join(map(repr, GATES))}, got {gate!r}")
+    _check_gate(gate)
     shape = quant_state.shape
     if shape is None or len(shape) != 2 or shape[0] % 2:
         raise ShapeError(f"quant_state.shape: expected the [2N, K] of a gated matrix, got {shape}")
@@ -158,12 +157,16 @@ def run_matmul_4bit_gated(
     return out
 
 
+def _check_gate(gate: str) -> None:
+    if gate not in GATES:
+        raise ArgumentError(f"gate: expected one of {', '.join(map(repr, GATES))}, got {gate!r}")
+
+
 def _check(A: Tensor, shape: Sequence[int], gate: str, bias: Tensor | None) -> tuple[int, int]:
     rows, k = ops._matrix(shape)
     if rows % 2:
         raise ShapeError(f"shape: expected the [2N, K] of a gated matrix, got {list(shape)}")
-    if gate not in GATES:
-        raise ArgumentError(f"gate: expected one of {', '.join(map(repr, GATES))}, got {gate!r}")
+    _check_gate(gate)
     ops._check_matmul("A", A, rows, k, bias)
     return rows // 2, k
 

@@ -18,6 +18,8 @@ from halfbyte.errors import ArgumentError
 from halfbyte.nn.linear4bit import Linear4bit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
 MOST_BYTES: Final = 12 * 2**20
@@ -74,6 +76,12 @@ def prefetch_linears(model: nn.Module, most_bytes: int = MOST_BYTES) -> int:
     return made
 
 
+def _when_gone(tensors: Iterable[Tensor], call: Any, *arguments: Any) -> None:
+    """Call when the first of these is gone, and again with each other, but not when the interpreter ends."""
+    for tensor in tensors:
+        weakref.finalize(tensor, call, *arguments).atexit = False
+
+
 class Order:
     """Weights in the order in which they are multiplied: each is told what comes after it.
 
@@ -114,16 +122,14 @@ class Order:
         self._last = weakref.ref(packed)
         if self.settled and _settle is not None and packed.device.type == "cuda":
             _settle(packed.data_ptr(), True)
-            for tensor in (packed, scales):
-                weakref.finalize(tensor, _settle, packed.data_ptr(), False).atexit = False
+            _when_gone((packed, scales), _settle, packed.data_ptr(), False)
         if last is None or _read_next is None or last.device != packed.device or packed.device.type != "cuda":
             return False
         most = min(self.most_bytes, torch.cuda.get_device_properties(packed.device).L2_cache_size // 4)
         address = last.data_ptr()
         _read_next(address, [(t.data_ptr(), rows, t.nbytes // rows) for t in (packed, scales)], most)
         # Whichever of them goes first: its memory may be anybody's then.
-        for tensor in (last, packed, scales):
-            weakref.finalize(tensor, _read_next, address, None, 0).atexit = False
+        _when_gone((last, packed, scales), _read_next, address, None, 0)
         return most > 0
 
     def end(self) -> None:

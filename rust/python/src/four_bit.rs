@@ -262,12 +262,9 @@ pub(crate) fn matmul_4bit(
     nested_blocksize: usize,
 ) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
-    let (like, x) = (x, TensorRef::new("x", x)?);
-    let packed = TensorRef::new("packed", packed)?;
-    let out = TensorRef::new("out", out)?;
-    let bias = TensorRef::optional("bias", bias)?;
-    let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
-    matmul(like, &x, &packed, &scales, bias.as_ref(), &out, kind, blocksize)
+    let nested = [nested_absmax, nested_code, nested_offset];
+    let of = Operands::new([x, packed, absmax, out], bias, nested, nested_blocksize)?;
+    matmul(x, &of.x, &of.packed, &of.scales, of.bias.as_ref(), &of.out, kind, blocksize)
 }
 
 /// Checks everything, then multiplies; false, and nothing written, as [`matmul_4bit`]. `like` is what `x` is a view of.
@@ -317,6 +314,38 @@ pub(crate) fn matmul(
     Ok(true)
 }
 
+/// The tensors of a product as Python gives them.
+struct Operands {
+    x: TensorRef,
+    packed: TensorRef,
+    scales: Scales,
+    out: TensorRef,
+    bias: Option<TensorRef>,
+}
+
+impl Operands {
+    fn new(
+        [x, packed, absmax, out]: [&Bound<'_, PyAny>; 4],
+        bias: Option<&Bound<'_, PyAny>>,
+        [nested_absmax, nested_code, nested_offset]: [Option<&Bound<'_, PyAny>>; 3],
+        nested_blocksize: usize,
+    ) -> PyResult<Self> {
+        Ok(Self {
+            x: TensorRef::new("x", x)?,
+            packed: TensorRef::new("packed", packed)?,
+            out: TensorRef::new("out", out)?,
+            bias: TensorRef::optional("bias", bias)?,
+            scales: Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?,
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn check(&self, blocksize: usize, rows: usize) -> PyResult<Product> {
+        let Self { x, packed, scales, out, bias } = self;
+        check_product(x, packed, scales, bias.as_ref(), out, blocksize, rows).map_err(raise)
+    }
+}
+
 /// Type, place and (M, N, K).
 type Product = (Dtype, Place, (usize, usize, usize));
 
@@ -342,12 +371,15 @@ fn check_product(
     let weights = weights.ok_or_else(|| shape_error("out", "fewer than 2^64 weights".into(), out))?;
     expect_packed(packed, weights)?;
     scales.check(place, block_count(weights, blocksize))?;
-    if let Some(bias) = bias {
-        check_together(place, &[bias])?;
-        bias.expect_dtype(dtype)?;
-        expect_len(bias, n * rows)?;
-    }
+    check_bias(bias, place, dtype, n * rows)?;
     Ok((dtype, place, shape))
+}
+
+pub(crate) fn check_bias(bias: Option<&TensorRef>, place: Place, dtype: Dtype, len: usize) -> Result<(), Error> {
+    let Some(bias) = bias else { return Ok(()) };
+    check_together(place, &[bias])?;
+    bias.expect_dtype(dtype)?;
+    expect_len(bias, len)
 }
 
 /// [`matmul_4bit`] by the CUDA kernel for many rows, whatever M; for tests and measurements. `tokens` of a tile and `blocks` of threads that
@@ -371,23 +403,19 @@ pub(crate) fn matmul_4bit_large(
     blocks: u32,
 ) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
-    let (like, x) = (x, TensorRef::new("x", x)?);
-    let packed = TensorRef::new("packed", packed)?;
-    let out = TensorRef::new("out", out)?;
-    let bias = TensorRef::optional("bias", bias)?;
-    let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
-    let (dtype, place, shape) =
-        check_product(&x, &packed, &scales, bias.as_ref(), &out, blocksize, 1).map_err(raise)?;
+    let nested = [nested_absmax, nested_code, nested_offset];
+    let of = Operands::new([x, packed, absmax, out], bias, nested, nested_blocksize)?;
+    let (dtype, place, shape) = of.check(blocksize, 1)?;
     let Place::Cuda(device) = place else { return Ok(false) };
-    let stream = crate::stream_of(&x, device)?;
-    let bias = bias.map(|bias| bias.address() as u64);
-    let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
+    let stream = crate::stream_of(&of.x, device)?;
     let set = |value: u32| (value != 0).then_some(value);
     let choice = four_bit::cuda::LargeChoice { tokens: set(tokens), blocks: set(blocks) };
-    let absmax = scales.device();
     let bytes = four_bit::cuda::large_scratch_bytes(device, shape, choice).map_err(raise)?;
-    let scratch = Scratch::beside(like, place, bytes)?;
+    let scratch = Scratch::beside(x, place, bytes)?;
     let memory = scratch.as_ref().map(Scratch::address);
+    let bias = of.bias.map(|bias| bias.address() as u64);
+    let (x, packed, out) = (of.x.address() as u64, of.packed.address() as u64, of.out.address() as u64);
+    let absmax = of.scales.device();
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
     unsafe {
         four_bit::cuda::matmul_by_large(
@@ -428,18 +456,14 @@ pub(crate) fn matmul_4bit_gated(
 ) -> PyResult<bool> {
     let kind = parse_kind(quant_type).map_err(raise)?;
     let gate = parse_gate(gate).map_err(raise)?;
-    let x = TensorRef::new("x", x)?;
-    let packed = TensorRef::new("packed", packed)?;
-    let out = TensorRef::new("out", out)?;
-    let bias = TensorRef::optional("bias", bias)?;
-    let scales = Scales::new(absmax, nested_absmax, nested_code, nested_offset, nested_blocksize)?;
-    let (dtype, place, shape) =
-        check_product(&x, &packed, &scales, bias.as_ref(), &out, blocksize, 2).map_err(raise)?;
+    let nested = [nested_absmax, nested_code, nested_offset];
+    let of = Operands::new([x, packed, absmax, out], bias, nested, nested_blocksize)?;
+    let (dtype, place, shape) = of.check(blocksize, 2)?;
     let Place::Cuda(device) = place else { return Ok(false) };
-    let stream = crate::stream_of(&x, device)?;
-    let bias = bias.map(|bias| bias.address() as u64);
-    let (x, packed, out) = (x.address() as u64, packed.address() as u64, out.address() as u64);
-    let absmax = scales.device();
+    let stream = crate::stream_of(&of.x, device)?;
+    let bias = of.bias.map(|bias| bias.address() as u64);
+    let (x, packed, out) = (of.x.address() as u64, of.packed.address() as u64, of.out.address() as u64);
+    let absmax = of.scales.device();
     // SAFETY: sizes and device are checked; torch keeps the memory for as long as its stream needs it.
     unsafe { four_bit::cuda::matmul_gated(&stream, dtype, x, shape, packed, absmax, kind, blocksize, bias, gate, out) }
         .map_err(raise)

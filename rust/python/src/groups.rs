@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use crate::dlpack::{Place, TensorRef};
 use crate::errors::raise;
-use crate::four_bit::{Scales, expect_packed, parse_kind, product_shape, with_type};
+use crate::four_bit::{Scales, check_bias, expect_packed, parse_kind, product_shape, with_type};
 #[cfg(feature = "cuda")]
 use crate::scratch::Scratch;
 use crate::{check_together, detached, expect_len, shape_error};
@@ -114,13 +114,6 @@ pub(crate) fn matmul_4bit_group(
         #[cfg(not(feature = "cuda"))]
         Place::Cuda(_) => Err(raise(crate::no_cuda())),
     }
-}
-
-fn check_bias(bias: Option<&TensorRef>, place: Place, dtype: Dtype, len: usize) -> Result<(), Error> {
-    let Some(bias) = bias else { return Ok(()) };
-    check_together(place, &[bias])?;
-    bias.expect_dtype(dtype)?;
-    expect_len(bias, len)
 }
 
 fn expect_i32(tensor: &TensorRef, len: usize) -> Result<(), Error> {
